@@ -1,0 +1,63 @@
+"""What a model hands to a loss: log-probability scores, as frozen dataclasses of tensors.
+
+Every log-probability is summed over the tokens of a completion, end-of-text included and prompt and padding
+excluded, in nats. One instance holds one floating dtype, float32 or float64. The classes hold tensors and check
+nothing themselves: each loss checks shapes and dtypes of what it is given.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Scores of B pairs of responses, every tensor of shape (B,); only the policy's carry a gradient.
+
+    ``chosen``, ``rejected``: under the policy. ``ref_*``: under the frozen reference. ``last_*``: under the previous
+    iterate (INPO). ``base``: the policy's log-probability of RPO's baseline sample; None stands for the chosen
+    response. ``*_lengths``: number of completion tokens, any numeric dtype (irpo, metrics).
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    last_chosen: Tensor | None = None
+    last_rejected: Tensor | None = None
+    base: Tensor | None = None
+    chosen_lengths: Tensor | None = None
+    rejected_lengths: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Scores of up to K completions of each of P prompts, every tensor of shape (P, K).
+
+    ``mask`` is bool or 0/1 of any dtype and true where a completion exists; None means everywhere. What stands at
+    masked places is never read, so it may be anything, NaN included.
+    """
+
+    policy: Tensor
+    reference: Tensor
+    rewards: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RolloutScores:
+    """What an on-policy trainer hands to its loss: K sampled completions of each of P prompts, of up to T tokens.
+
+    ``policy``, ``proposal`` (the sampler), ``reference``, ``rewards`` and ``mask`` have shape (P, K);
+    ``token_policy``, ``token_old``, ``token_reference`` and ``token_mask`` have shape (P, K, T).
+    """
+
+    policy: Tensor
+    proposal: Tensor
+    reference: Tensor
+    rewards: Tensor
+    mask: Tensor
+    token_policy: Tensor
+    token_old: Tensor
+    token_reference: Tensor
+    token_mask: Tensor
