@@ -1,0 +1,50 @@
+"""Trainers and their configs; `METHODS` maps the name that a recipe uses to both."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from llmalign.trainers._trl import prepare_groups, prepare_pairs
+from llmalign.trainers.baselines import DPOTrainer, RewardTrainer, SFTTrainer
+from llmalign.trainers.configs import (
+    CoPGConfig,
+    DPOConfig,
+    INPOConfig,
+    PairConfig,
+    RDPOConfig,
+    RewardConfig,
+    RPOConfig,
+    SFTConfig,
+)
+from llmalign.trainers.copg import CoPGTrainer
+from llmalign.trainers.preference import INPOTrainer, PairTrainer, RDPOTrainer, RPOTrainer
+
+__all__ = [
+    "METHODS", "CoPGConfig", "CoPGTrainer", "DPOConfig", "DPOTrainer", "INPOConfig", "INPOTrainer", "Method",
+    "PairConfig", "PairTrainer", "RDPOConfig", "RDPOTrainer", "RPOConfig", "RPOTrainer", "RewardConfig",
+    "RewardTrainer", "SFTConfig", "SFTTrainer", "prepare_groups", "prepare_pairs",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a recipe's `method` stands for; `kind` names the rows it reads (pairs, groups or text)."""
+
+    name: str
+    trainer: Any
+    config: Any
+    kind: str
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("rpo", RPOTrainer, RPOConfig, "pairs"),
+        Method("rdpo", RDPOTrainer, RDPOConfig, "pairs"),
+        Method("inpo", INPOTrainer, INPOConfig, "pairs"),
+        Method("copg", CoPGTrainer, CoPGConfig, "groups"),
+        Method("pair", PairTrainer, PairConfig, "pairs"),
+        Method("dpo", DPOTrainer, DPOConfig, "pairs"),
+        Method("sft", SFTTrainer, SFTConfig, "text"),
+        Method("reward", RewardTrainer, RewardConfig, "pairs"),
+    )
+}

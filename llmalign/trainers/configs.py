@@ -1,0 +1,298 @@
+"""One config per method, validated where it is made; what TRL's configs hold is inherited, or refused by name."""
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+import torch
+import trl
+
+from llmalign.errors import UserError
+
+#: Inherited fields that a score-based loss does not honour, and what to do instead.
+_NOT_HONOURED = {
+    "loss_type": "choose the loss by the method (or method: pair with loss: ...)",
+    "loss_weights": "losses are not mixed; rpo and irpo hold their own second term",
+    "label_smoothing": "use method: rdpo with flip_rate, or method: pair with loss: cdpo and flip_rate",
+    "label_smoothing_factor": "use method: rdpo with flip_rate, or method: pair with loss: cdpo and flip_rate",
+    "ld_alpha": "use method: dpo, TRL's own trainer",
+    "f_divergence_type": "use method: dpo, TRL's own trainer",
+    "f_alpha_divergence_coef": "use method: dpo, TRL's own trainer",
+    "use_weighting": "use method: dpo, TRL's own trainer",
+    "discopop_tau": "use method: dpo, TRL's own trainer",
+    "sync_ref_model": "the papers' reference is frozen; use method: dpo, TRL's own trainer",
+    "ref_model_mixup_alpha": "the papers' reference is frozen; use method: dpo, TRL's own trainer",
+    "ref_model_sync_steps": "the papers' reference is frozen; use method: dpo, TRL's own trainer",
+    "padding_free": "TRL 1.16 ignores it",
+    "disable_dropout": "dropout makes policy and reference differ before the first step",
+    "truncation_mode": "only keep_start is supported, TRL deprecates the other",
+    "pad_token": "set tokenizer.pad_token",
+    "neftune_noise_alpha": "noise in the embeddings makes policy and reference differ before the first step",
+    "include_for_metrics": "metrics are sums over rows, full logits are never built",
+    "batch_eval_metrics": "metrics are sums over rows, full logits are never built",
+    "use_liger_kernel": "TRL deprecates it; use model_init_kwargs {use_kernels: true}",
+}
+
+
+def choose_hardware(args: Any) -> str:
+    """Fill in what the user left open (`use_cpu`, `bf16`, `gradient_checkpointing`) and return the choice in words."""
+    on_cuda = torch.cuda.is_available() and not args.use_cpu
+    on_mps = torch.backends.mps.is_available() and not args.use_cpu
+    if not (on_cuda or on_mps):
+        args.use_cpu = True
+    if args.bf16 is None:
+        args.bf16 = bool(on_cuda and torch.cuda.is_bf16_supported() and not args.fp16)
+    if args.gradient_checkpointing is None:
+        args.gradient_checkpointing = bool(on_cuda)
+    device = "CUDA" if on_cuda else "MPS" if on_mps else "CPU"
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    memory = "with" if args.gradient_checkpointing else "without"
+    return f"{device}, {precision}, {memory} gradient checkpointing"
+
+
+def refuse_inherited(args: Any, names: dict[str, str]) -> None:
+    """Raise UserError where an inherited field that would be ignored has another value than its default."""
+    for entry in fields(args):
+        if entry.name not in names:
+            continue
+        default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+        value = getattr(args, entry.name)
+        if value != default:
+            raise UserError(
+                f"{entry.name}={value!r} is not honoured by {type(args).__name__}: {names[entry.name]}; "
+                f"leave it at {default!r}"
+            )
+
+
+def require(condition: bool, name: str, value: Any, rule: str) -> None:
+    """Raise UserError naming the field, its value and the rule, unless the condition holds."""
+    if not condition:
+        raise UserError(f"{name} must be {rule}, got {value!r}")
+
+
+def _positive(args: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        require(number and value > 0 and math.isfinite(value), name, value, "a positive finite number")
+
+
+def _flip_rate(args: Any, upper: float = 0.5, *, closed: bool = False) -> None:
+    value = args.flip_rate
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    inside = number and (0 <= value <= upper if closed else 0 <= value < upper)
+    hint = "" if closed else " (at 0.5 the labels carry no information and the correction divides by zero)"
+    require(inside, "flip_rate", value, f"in [0, {upper:g}{']' if closed else ')'}{hint}")
+
+
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    """TRL's DPOConfig with precision, device and checkpointing chosen from the hardware where they are left open."""
+
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations; left open: on CUDA only."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+
+    def __post_init__(self) -> None:
+        self.choices = choose_hardware(self)
+        super().__post_init__()
+
+
+@dataclass
+class SFTConfig(trl.SFTConfig):
+    """TRL's SFTConfig with precision, device and checkpointing chosen from the hardware where they are left open."""
+
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations; left open: on CUDA only."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+
+    def __post_init__(self) -> None:
+        self.choices = choose_hardware(self)
+        super().__post_init__()
+
+
+@dataclass
+class RewardConfig(trl.RewardConfig):
+    """TRL's RewardConfig with precision, device and checkpointing chosen from the hardware where they are left open."""
+
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations; left open: on CUDA only."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+
+    def __post_init__(self) -> None:
+        self.choices = choose_hardware(self)
+        super().__post_init__()
+
+
+@dataclass
+class ScoreConfig(DPOConfig):
+    """What all score-based methods share; inherited fields that they would ignore are refused unless at default."""
+
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Another reference than the model that training starts from."}
+    )
+    alarm_chosen_drop: float = field(
+        default=50.0, metadata={"help": "Warn when the mean chosen log-prob falls this many nats below the reference."}
+    )
+    alarm_prompts: int = field(
+        default=8, metadata={"help": "Prompts generated for at each evaluation to spot repetition; 0: none."}
+    )
+    alarm_new_tokens: int = field(default=128, metadata={"help": "Longest generation of the alarm, in tokens."})
+
+    def __post_init__(self) -> None:
+        refuse_inherited(self, _NOT_HONOURED | self._unused())
+        super().__post_init__()
+        _positive(self, "alarm_chosen_drop", "alarm_new_tokens")
+        require(self.alarm_prompts >= 0, "alarm_prompts", self.alarm_prompts, "zero or more")
+
+    def _unused(self) -> dict[str, str]:
+        """Inherited fields that this method's loss has no place for."""
+        return {}
+
+
+@dataclass
+class PairConfig(ScoreConfig):
+    """PairTrainer's config: `loss` names a function of `llmalign.losses`; only its own hyper-parameters may be set."""
+
+    loss: str = field(default="dpo", metadata={"help": "dpo, cdpo, ipo, slic, irpo, rdpo, ripo, rslic, rpo or inpo."})
+    tau: float | None = field(default=None, metadata={"help": "ipo, ripo: strength of the reference."})
+    flip_rate: float | None = field(default=None, metadata={"help": "cdpo, rdpo, ripo, rslic: share of wrong labels."})
+    eta: float | None = field(default=None, metadata={"help": "rpo: weight of the chosen log-prob."})
+    alpha: float | None = field(default=None, metadata={"help": "irpo: weight of the mean chosen log-prob."})
+
+    HYPER_PARAMETERS = {
+        "dpo": ("beta",),
+        "cdpo": ("beta", "flip_rate"),
+        "ipo": ("tau",),
+        "slic": ("beta",),
+        "rpo": ("beta", "eta"),
+        "irpo": ("beta", "alpha"),
+        "rdpo": ("beta", "flip_rate"),
+        "ripo": ("tau", "flip_rate"),
+        "rslic": ("beta", "flip_rate"),
+    }
+
+    def __post_init__(self) -> None:
+        known = ", ".join(self.HYPER_PARAMETERS)
+        if self.loss == "inpo":
+            raise UserError("the inpo loss needs the previous iterate's log-probs: use method: inpo (INPOTrainer)")
+        require(self.loss in self.HYPER_PARAMETERS, "loss", self.loss, f"one of {known}")
+        wanted = self.HYPER_PARAMETERS[self.loss]
+        for name in ("tau", "flip_rate", "eta", "alpha"):
+            value = getattr(self, name)
+            if name in wanted and value is None:
+                raise UserError(f"loss: {self.loss} needs {name}")
+            if name not in wanted and value is not None:
+                raise UserError(f"loss: {self.loss} has no {name}; it takes {', '.join(wanted)}")
+        _positive(self, *(name for name in wanted if name not in ("flip_rate", "eta", "alpha")))
+        if "flip_rate" in wanted:
+            _flip_rate(self, 1.0 if self.loss == "cdpo" else 0.5, closed=self.loss == "cdpo")
+        for name in ("eta", "alpha"):
+            if name in wanted:
+                value = getattr(self, name)
+                require(math.isfinite(value) and value >= 0, name, value, "zero or a positive finite number")
+        super().__post_init__()
+
+    def _unused(self) -> dict[str, str]:
+        if "beta" in self.HYPER_PARAMETERS[self.loss]:
+            return {}
+        return {"beta": f"loss: {self.loss} takes tau"}
+
+
+@dataclass
+class RPOConfig(ScoreConfig):
+    """RPO (arXiv 2405.16436): DPO plus eta*beta times the summed log-prob of a base response; the paper's values."""
+
+    beta: float = field(default=0.01, metadata={"help": "Strength of the reference."})
+    eta: float = field(default=0.005, metadata={"help": "Weight of the base response's log-prob, times beta."})
+    base: str = field(
+        default="chosen", metadata={"help": "chosen, reference (one sample a prompt, drawn once) or column (base)."}
+    )
+    base_new_tokens: int = field(default=256, metadata={"help": "base: reference: longest sample, in tokens."})
+    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate."})
+
+    def __post_init__(self) -> None:
+        _positive(self, "beta", "base_new_tokens")
+        require(math.isfinite(self.eta) and self.eta >= 0, "eta", self.eta, "zero or a positive finite number")
+        require(self.base in ("chosen", "reference", "column"), "base", self.base, "chosen, reference or column")
+        super().__post_init__()
+
+
+@dataclass
+class RDPOConfig(ScoreConfig):
+    """rDPO (arXiv 2403.00409): DPO's loss made unbiased under labels flipped at a known rate in [0, 0.5)."""
+
+    flip_rate: float | str = field(
+        default=0.1, metadata={"help": "Share of flipped labels, or `estimate` from scorer_margin_column."}
+    )
+    scorer_margin_column: str | None = field(
+        default=None, metadata={"help": "Column with an independent scorer's margin (log-odds) of the observed label."}
+    )
+
+    def __post_init__(self) -> None:
+        _positive(self, "beta")
+        if self.flip_rate == "estimate":
+            if self.scorer_margin_column is None:
+                raise UserError("flip_rate: estimate needs scorer_margin_column, an independent scorer's margins")
+        else:
+            _flip_rate(self)
+            if self.scorer_margin_column is not None:
+                raise UserError("scorer_margin_column is only used with flip_rate: estimate")
+        if self.load_best_model_at_end or self.save_strategy == "best":
+            if self.metric_for_best_model is None:
+                self.metric_for_best_model, self.greater_is_better = "rewards/accuracies", True
+            if self.metric_for_best_model.removeprefix("eval_") == "loss":
+                raise UserError(
+                    "the rDPO loss has no lower bound, so it cannot pick the best checkpoint; "
+                    "set metric_for_best_model: rewards/accuracies"
+                )
+        super().__post_init__()
+
+
+@dataclass
+class INPOConfig(ScoreConfig):
+    """INPO (arXiv 2407.00617): one iteration against the reference and the previous iterate; the paper's values."""
+
+    eta: float = field(default=0.005, metadata={"help": "Step size; the squared loss aims at 1/(2 eta) nats."})
+    tau: float | None = field(default=None, metadata={"help": "Weight of the reference; left open: eta/3."})
+    last_model_name_or_path: str | None = field(default=None, metadata={"help": "Previous iterate, a full model."})
+    last_adapter: str | None = field(default=None, metadata={"help": "Previous iterate, an adapter of the model."})
+    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate."})
+
+    def __post_init__(self) -> None:
+        _positive(self, "eta")
+        if self.tau is None:
+            self.tau = self.eta / 3
+        require(math.isfinite(self.tau) and self.tau >= 0, "tau", self.tau, "zero or a positive finite number")
+        if self.last_model_name_or_path is not None and self.last_adapter is not None:
+            raise UserError("name the previous iterate once: last_model_name_or_path or last_adapter")
+        super().__post_init__()
+
+    def _unused(self) -> dict[str, str]:
+        return {"beta": "INPO takes eta and tau"}
+
+
+@dataclass
+class CoPGConfig(ScoreConfig):
+    """CoPG (arXiv 2406.19185) on rows of k >= 2 scored completions; beta is the paper's best for TL;DR."""
+
+    beta: float = field(default=0.06, metadata={"help": "Strength of the reference, in units of reward."})
+    normalize_rewards: str = field(
+        default="none", metadata={"help": "none, group (zero mean, unit deviation a prompt) or dataset."}
+    )
+
+    def __post_init__(self) -> None:
+        _positive(self, "beta")
+        require(
+            self.normalize_rewards in ("none", "group", "dataset"),
+            "normalize_rewards",
+            self.normalize_rewards,
+            "none, group or dataset",
+        )
+        super().__post_init__()
+
+    def _unused(self) -> dict[str, str]:
+        return {"precompute_ref_log_probs": "TRL's cache holds pairs, not groups"}

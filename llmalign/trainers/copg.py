@@ -1,0 +1,114 @@
+"""CoPG on rows of scored completions."""
+
+import logging
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from llmalign import losses
+from llmalign.data.collators import GroupCollator
+from llmalign.errors import UserError
+from llmalign.trainers._trl import PairBase, prepare_groups, text_batch
+from llmalign.trainers.configs import CoPGConfig
+from llmalign.types import GroupScores
+
+logger = logging.getLogger(__name__)
+
+
+class CoPGTrainer(PairBase):
+    """Contrastive policy gradient on k >= 2 completions a prompt with rewards; pairs are k = 2 (arXiv 2406.19185).
+
+    Rewards are used as they are, or normalised as `args.normalize_rewards` says; a `dataset` normalisation takes its
+    mean and deviation from the training set and uses them for evaluation too. Not covered: streams with `dataset`.
+    """
+
+    _name = "CoPG"
+    _tag_names = ["llmalign", "copg"]
+
+    def __init__(self, model: Any, ref_model: Any = None, args: CoPGConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(model, ref_model, args, **kwargs)
+        self.reward_mean, self.reward_std = 0.0, 1.0
+        if self.args.normalize_rewards == "dataset":
+            if not isinstance(self.train_dataset, Dataset):
+                raise UserError("normalize_rewards: dataset cannot read a stream to its end; use group or none")
+            rewards = torch.tensor([r for row in self.train_dataset["rewards"] for r in row], dtype=torch.float64)
+            if rewards.std() == 0:
+                raise UserError("all rewards are equal, so there is nothing to learn and nothing to normalise")
+            self.reward_mean, self.reward_std = rewards.mean().item(), rewards.std().item()
+            logger.info("Rewards are normalised with mean %.4g, deviation %.4g.", self.reward_mean, self.reward_std)
+
+    def make_collator(self, tokenizer: PreTrainedTokenizerBase, args: Any) -> GroupCollator:
+        """Groups of completions, flattened."""
+        return GroupCollator(
+            pad_token_id=tokenizer.pad_token_id,
+            max_length=args.max_length,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        )
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        return prepare_groups(
+            dataset, self._tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc, name=dataset_name
+        )
+
+    def scores(self, model: nn.Module, inputs: dict[str, Any]) -> GroupScores:  # type: ignore[override]
+        """Policy and reference log-probs (P, K), 0 where a row has fewer completions than the batch's largest."""
+        mask = inputs["group_mask"].bool()
+        policy = self.policy_logps(model, text_batch(inputs))
+        reference = self.reference_logps(inputs)
+        zeros = policy.new_zeros(mask.shape)
+        return GroupScores(
+            policy=zeros.masked_scatter(mask, policy),
+            reference=zeros.masked_scatter(mask, reference),
+            rewards=self._normalised(inputs["rewards"].float(), mask),
+            mask=mask,
+        )
+
+    def loss_terms(self, scores: GroupScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The grouped loss, one term."""
+        return {"copg": losses.copg(scores, beta=self.args.beta)}
+
+    def row_metrics(self, scores: GroupScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Pairwise residual |dR - beta drho|, order accuracy, and drift from the reference, per prompt.
+
+        `residual` reaches 0 at the optimum; `rewards/accuracies` is the share of unequal pairs that the implicit
+        reward orders as the reward does (NaN, and left out of the mean, where all rewards of a row are equal).
+        """
+        mask = scores.mask
+        rho = scores.policy - scores.reference
+        first, second = torch.triu_indices(mask.shape[1], mask.shape[1], offset=1, device=mask.device)
+        both = (mask[:, first] & mask[:, second]).float()
+        d_reward = scores.rewards[:, first] - scores.rewards[:, second]
+        d_rho = rho[:, first] - rho[:, second]
+        ordered = both * (d_reward != 0)
+        right = ((d_rho * d_reward) > 0).float() + 0.5 * (d_rho == 0).float()
+        present = mask.float()
+        best = scores.rewards.masked_fill(~mask, -torch.inf).argmax(dim=1, keepdim=True)
+        return {
+            "residual": (both * (d_reward - self.args.beta * d_rho).abs()).sum(1) / both.sum(1),
+            "rewards/accuracies": (ordered * right).sum(1) / ordered.sum(1),
+            "rewards/mean": (inputs["rewards"].float() * present).sum(1) / present.sum(1),
+            "logps/mean": (scores.policy * present).sum(1) / present.sum(1),
+            "drift/mean": (rho * present).sum(1) / present.sum(1),
+            "drift/chosen": rho.gather(1, best).squeeze(1),
+        }
+
+    def start_gap(self, scores: GroupScores) -> Tensor:
+        """Every completion of the batch is compared with the reference."""
+        return (scores.policy - scores.reference).abs().detach()
+
+    @property
+    def reward_scale(self) -> float:
+        """beta."""
+        return self.args.beta
+
+    def _normalised(self, rewards: Tensor, mask: Tensor) -> Tensor:
+        if self.args.normalize_rewards == "group":
+            count = mask.sum(1, keepdim=True)
+            mean = (rewards * mask).sum(1, keepdim=True) / count
+            centred = (rewards - mean) * mask
+            deviation = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+            return torch.where(deviation > 0, centred / deviation.clamp(min=1e-12), torch.zeros_like(rewards))
+        return torch.where(mask, (rewards - self.reward_mean) / self.reward_std, torch.zeros_like(rewards))

@@ -1,0 +1,202 @@
+"""The part that every score-based trainer shares, whatever the modality: loss, metrics, evaluation, start check."""
+
+import logging
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from llmalign.types import GroupScores, PairScores
+
+logger = logging.getLogger(__name__)
+
+START_TOLERANCE = 1e-4  # nats per sequence, float32
+
+
+class RowMetrics:
+    """Per-row values gathered over batches and ranks, so that a mean weighs every row the same.
+
+    `unique=True` counts a row once however often the sampler repeated it to fill the last batch of a rank.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, row_ids: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Keep one (B,) value per metric, all with the same row ids (B,); stays on the device until it is asked."""
+        self._rows.append(row_ids.detach())
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value.detach().float())
+
+    def means(self, accelerator: Accelerator, *, unique: bool) -> dict[str, float]:
+        """Reduce to one mean per metric over all ranks and forget the rows; NaN values are left out of a mean."""
+        own: dict[str, Any] = {name: torch.cat(chunks).cpu().numpy() for name, chunks in self._values.items()}
+        rows = torch.cat(self._rows).cpu().numpy() if self._rows else np.zeros(0, dtype=np.int64)
+        self._rows, self._values = [], {}
+        parts = gather_object([(rows, own)]) if accelerator.num_processes > 1 else [(rows, own)]
+        row_ids = np.concatenate([part[0] for part in parts])
+        keep = np.unique(row_ids, return_index=True)[1] if unique else np.arange(len(row_ids))
+        means = {}
+        for name in own:
+            values = np.concatenate([part[1][name] for part in parts])[keep]
+            if not np.isnan(values).all():
+                means[name] = float(np.nanmean(values))
+        return means
+
+
+class PairTrainerMixin:
+    """Adds to a `transformers.Trainer` a loss that is a pure function of scores; placed before it in the MRO.
+
+    A subclass gives `scores` (from the model and a batch whose `row_id` is (B,)), `loss_terms` (named (B,) tensors
+    whose sum is minimised) and `row_metrics`. The loss of an optimizer step is the sum over its rows divided by the
+    rows of the whole step on all ranks, so that accumulation and data parallelism equal one large batch.
+    Not covered: `compute_metrics` on logits, which no batch here ever holds.
+    """
+
+    loss_is_scaled_for_ga = True
+    #: why the first batch may differ from the model that training starts from; None: it must not
+    start_may_differ: str | None = None
+
+    _start_checked = False
+
+    @cached_property
+    def _train_rows(self) -> RowMetrics:
+        return RowMetrics()
+
+    @cached_property
+    def _eval_rows(self) -> RowMetrics:
+        return RowMetrics()
+
+    def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores | GroupScores:
+        """Scores of a batch, policy with gradients, everything else without."""
+        raise NotImplementedError
+
+    def loss_terms(self, scores: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Named terms (B,) of the loss; their sum is minimised and, where there are several, each is logged."""
+        raise NotImplementedError
+
+    def row_metrics(self, scores: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Values to log, (B,) each; the default serves pairs."""
+        return self._pair_metrics(scores, inputs)
+
+    def start_gap(self, scores: Any) -> Tensor:
+        """Absolute distance in nats (any shape) between the policy and the model that training starts from."""
+        return torch.stack(
+            [(scores.chosen - scores.ref_chosen).abs(), (scores.rejected - scores.ref_rejected).abs()]
+        ).detach()
+
+    def split_gap(self, model: nn.Module, inputs: dict[str, Any]) -> float:
+        """Largest change (nats) of a score when the batch is split, the measure of a low precision's own noise."""
+        raise NotImplementedError
+
+    @property
+    def reward_scale(self) -> float:
+        """Factor from log-ratios to implicit rewards (beta, or tau where the loss has no beta)."""
+        raise NotImplementedError
+
+    def _pair_metrics(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        chosen = scores.chosen - scores.ref_chosen
+        rejected = scores.rejected - scores.ref_rejected
+        accuracies = _share_first(chosen, rejected)
+        metrics = {
+            "rewards/chosen": self.reward_scale * chosen,
+            "rewards/rejected": self.reward_scale * rejected,
+            "rewards/margins": self.reward_scale * (chosen - rejected),
+            "rewards/accuracies": accuracies,
+            "logps/chosen": scores.chosen,
+            "logps/rejected": scores.rejected,
+            "logps/accuracies": _share_first(scores.chosen, scores.rejected),
+            "drift/chosen": chosen,
+        }
+        if "flipped" in inputs:
+            metrics["rewards/accuracies_clean"] = torch.where(inputs["flipped"], 1 - accuracies, accuracies)
+        return metrics
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Mean loss of the batch, or its share of the whole optimizer step where its row count is given."""
+        if return_outputs:
+            raise ValueError("this trainer has no outputs besides its loss: the full logits are never built")
+        scores = self.scores(model, inputs)
+        terms = self.loss_terms(scores, inputs)
+        losses = torch.stack(list(terms.values())).sum(dim=0)
+        training = model.training
+        if training and not self._start_checked:
+            self._check_start(model, inputs, scores)
+        values = self.row_metrics(scores, inputs)
+        if len(terms) > 1:
+            values |= {f"loss/{name}": term for name, term in terms.items()}
+        if training:
+            self._train_rows.add(inputs["row_id"], values)
+        else:
+            self._eval_rows.add(inputs["row_id"], values | {"loss": losses})
+        if num_items_in_batch is None:
+            return losses.mean()
+        # Data parallelism averages gradients over ranks; the factor turns that average back into a sum.
+        return losses.sum() * self.accelerator.num_processes / num_items_in_batch
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Take the micro-batches of one optimizer step and count its rows over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        rows = torch.tensor(sum(len(batch["row_id"]) for batch in batches), device=self.accelerator.device)
+        total = self.accelerator.reduce(rows, "sum")
+        return batches, (total if batches else None)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list | None = None
+    ) -> tuple[Tensor, None, None]:
+        """Loss of an evaluation batch; its rows' metrics are kept until the end of the evaluation."""
+        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Run the evaluation, then replace its batch means by means over rows, each row counted once."""
+        self._eval_rows = RowMetrics()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        means = self._eval_rows.means(self.accelerator, unique=True)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means over all rows since the last log to a training log."""
+        if "loss" in logs:
+            logs.update(self._train_rows.means(self.accelerator, unique=False))
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _check_start(self, model: nn.Module, inputs: dict[str, Any], scores: Any) -> None:
+        """Stop a fresh run whose first batch scores differently under the policy and the model it started from."""
+        self._start_checked = True
+        accelerator = self.accelerator
+        gap = float(accelerator.gather(self.start_gap(scores).max().reshape(1)).max())
+        step = self.state.global_step  # type: ignore[attr-defined]
+        excuse = f"resumed at step {step}" if step > 0 else self.start_may_differ
+        if excuse is not None:
+            logger.info("Start check: the policy is %.2e nats from the model it is compared with (%s).", gap, excuse)
+            return
+        exact = accelerator.mixed_precision == "no" and next(model.parameters()).dtype == torch.float32
+        limit = START_TOLERANCE
+        if not exact:
+            own = torch.tensor([self.split_gap(model, inputs)], device=accelerator.device)
+            limit = 2 * float(accelerator.gather(own).max())
+        if gap > limit:
+            raise ValueError(
+                f"On the first batch the policy scores a response {gap:.3g} nats away from the model it started from "
+                f"(limit {limit:.3g}), so the loss would not start where the method says: the reference is another "
+                "model, an adapter does not start at zero, or dropout is on; name another reference explicitly "
+                "(ref_model_name_or_path) if it is meant."
+            )
+        logger.info("Start check passed: policy and start differ by %.2e nats (limit %.2e).", gap, limit)
+
+
+def _share_first(first: Tensor, second: Tensor) -> Tensor:
+    """1 where the first is larger, one half where they are equal, so that an untrained policy scores 0.5."""
+    return (first > second).float() + 0.5 * (first == second).float()

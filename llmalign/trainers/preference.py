@@ -1,0 +1,237 @@
+"""Trainers whose loss compares two responses to a prompt; each says what it changes and no more."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmalign import losses
+from llmalign.data.label_noise import estimate_flip_rate
+from llmalign.errors import UserError
+from llmalign.scores.sampling import sample_completions
+from llmalign.trainers._trl import PairBase, load_frozen, text_batch
+from llmalign.trainers.configs import INPOConfig, PairConfig, RDPOConfig, RPOConfig
+from llmalign.types import PairScores
+
+logger = logging.getLogger(__name__)
+
+
+class PairTrainer(PairBase):
+    """Trains with any pairwise loss of `llmalign.losses` that needs policy and reference alone (`args.loss`)."""
+
+    _name = "Pair"
+    _tag_names = ["llmalign"]
+
+    def __init__(self, model: Any, ref_model: Any = None, args: PairConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(model, ref_model, args, **kwargs)
+        self._loss = getattr(losses, self.args.loss)
+        self._hyper_parameters = {name: getattr(self.args, name) for name in PairConfig.HYPER_PARAMETERS[self.args.loss]}
+
+    @property
+    def reward_scale(self) -> float:
+        """beta, or tau for the losses that have no beta."""
+        return self._hyper_parameters.get("beta", self._hyper_parameters.get("tau"))
+
+    def loss_terms(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The chosen loss, one term."""
+        return {self.args.loss: self._loss(scores, **self._hyper_parameters)}
+
+
+class RPOTrainer(PairBase):
+    """DPO plus `-eta*beta*log pi(base | prompt)`, with the base response chosen by `args.base` (arXiv 2405.16436).
+
+    `base="reference"` draws one response a prompt from the reference before training and keeps it in
+    `base_responses.json` under the output folder, so that a resumed run trains on the same ones.
+    """
+
+    _name = "RPO"
+    _tag_names = ["llmalign", "rpo"]
+
+    def __init__(self, model: Any, ref_model: Any = None, args: RPOConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(model, ref_model, args, **kwargs)
+        if self.args.base == "reference":
+            self.train_dataset = self._with_base_samples(self.train_dataset, "train")
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {k: self._with_base_samples(v, k) for k, v in self.eval_dataset.items()}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._with_base_samples(self.eval_dataset, "eval")
+
+    def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores:
+        """Pair scores, with the policy's log-prob of the base response where that is not the chosen one."""
+        scores = super().scores(model, inputs)
+        if self.args.base == "chosen":
+            return scores
+        if "base_input_ids" not in inputs:
+            raise UserError(f"base: {self.args.base} needs a base response in every row: add a column named base")
+        return replace(scores, base=self.policy_logps(model, text_batch(inputs, "base_")))
+
+    def loss_terms(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The preference term and the base term, logged apart."""
+        total = losses.rpo(scores, beta=self.args.beta, eta=self.args.eta)
+        preference = losses.dpo(scores, beta=self.args.beta)
+        return {"preference": preference, "base": total - preference}
+
+    @property
+    def reward_scale(self) -> float:
+        """beta."""
+        return self.args.beta
+
+    def _with_base_samples(self, dataset: Any, name: str) -> Dataset:
+        if not isinstance(dataset, Dataset):
+            raise UserError("base: reference cannot draw from a stream; draw first and give a base column")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise UserError("base: reference cannot draw from a sharded model; draw first and give a base column")
+        prompts = dataset["prompt_ids"]
+        key = Hasher.hash((list(prompts), self.args.seed, self.args.base_new_tokens, self.model.config._name_or_path))
+        path = Path(self.args.output_dir) / "base_responses.json"
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        if kept.get(name, {}).get("key") != key:
+            kept[name] = {"key": key, "ids": self._draw(list(prompts), name)}
+            if self.accelerator.is_main_process:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = path.with_suffix(".tmp")
+                aside.write_text(json.dumps(kept))
+                aside.replace(path)
+            self.accelerator.wait_for_everyone()
+        return dataset.add_column("base_ids", kept[name]["ids"])
+
+    def _draw(self, prompts: list[list[int]], name: str) -> list[list[int]]:
+        """Each rank draws for its share of the prompts."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        model: PreTrainedModel = self.accelerator.unwrap_model(self.ref_model or self.model)
+        logger.info("Drawing one base response for each of the %d prompts of %s.", len(prompts), name)
+        own = sample_completions(
+            model,
+            self._tokenizer,
+            prompts[rank::world],
+            max_new_tokens=self.args.base_new_tokens,
+            seed=self.args.seed + rank,
+            batch_size=self.args.per_device_eval_batch_size,
+        )
+        parts = gather_object([own]) if world > 1 else [own]
+        return [parts[i % world][i // world] for i in range(len(prompts))]
+
+
+class RDPOTrainer(PairBase):
+    """DPO's loss made unbiased under labels that are flipped at `args.flip_rate` (arXiv 2403.00409).
+
+    With `flip_rate="estimate"` the rate is fitted to an independent scorer's margins before training and said.
+    """
+
+    _name = "rDPO"
+    _tag_names = ["llmalign", "rdpo"]
+
+    def __init__(self, model: Any, ref_model: Any = None, args: RDPOConfig | None = None, **kwargs: Any) -> None:
+        if args is not None:
+            _best_of_first_set(args, kwargs.get("eval_dataset"))
+        super().__init__(model, ref_model, args, **kwargs)
+        self.flip_rate = self._estimate() if self.args.flip_rate == "estimate" else self.args.flip_rate
+
+    def loss_terms(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The noise-corrected loss, which goes below zero."""
+        return {"rdpo": losses.rdpo(scores, beta=self.args.beta, flip_rate=self.flip_rate)}
+
+    @property
+    def reward_scale(self) -> float:
+        """beta."""
+        return self.args.beta
+
+    def _estimate(self) -> float:
+        column = self.args.scorer_margin_column
+        if not isinstance(self.train_dataset, Dataset) or column not in self.train_dataset.column_names:
+            raise UserError(f"flip_rate: estimate found no column {column!r} with the scorer's margins")
+        estimate = estimate_flip_rate(np.asarray(self.train_dataset[column], dtype=np.float64))
+        logger.warning(
+            "flip_rate estimated from %s: %.3f, 95 %% interval [%.3f, %.3f].",
+            column, estimate.rate, estimate.low, estimate.high,
+        )  # fmt: skip
+        return estimate.rate
+
+
+def _best_of_first_set(args: RDPOConfig, eval_dataset: Any) -> None:
+    """Metrics of several evaluation sets carry the set's name, so the default metric needs one too."""
+    if isinstance(eval_dataset, dict) and args.metric_for_best_model == "rewards/accuracies":
+        first = next(iter(eval_dataset))
+        args.metric_for_best_model = f"eval_{first}_rewards/accuracies"
+        logger.warning("The best checkpoint is picked by %s.", args.metric_for_best_model)
+
+
+class INPOTrainer(PairBase):
+    """One INPO iteration: squared loss on sums against the reference and the previous iterate (arXiv 2407.00617).
+
+    The previous iterate is, in this order: columns `last_chosen_logps` and `last_rejected_logps`;
+    `last_model_name_or_path`; `last_adapter`, from which the policy then also starts; else the model that training
+    starts from. The reference is `ref_model`, `ref_model_name_or_path`, the model with its adapter off, or the start.
+    """
+
+    _name = "INPO"
+    _tag_names = ["llmalign", "inpo"]
+
+    def __init__(self, model: Any, ref_model: Any = None, args: INPOConfig | None = None, **kwargs: Any) -> None:
+        if args is not None and args.last_adapter is not None:
+            base = load_frozen(model, args) if isinstance(model, str) else model
+            model = PeftModel.from_pretrained(base, args.last_adapter, is_trainable=True)
+            kwargs["peft_config"] = None
+        super().__init__(model, ref_model, args, **kwargs)
+        self.last_model: nn.Module | None = None
+        self.last_source = self._find_last()
+        explicit = self.last_source in ("columns", "model") and self.args.last_model_name_or_path != model
+        self.start_may_differ = f"the previous iterate comes from {self.last_source}" if explicit else None
+        logger.info("INPO: the previous iterate is taken from %s.", self.last_source)
+
+    def _find_last(self) -> str:
+        columns = {"last_chosen_logps", "last_rejected_logps"}
+        if columns <= set(next(iter(self.train_dataset))):
+            return "columns"
+        if self.args.last_model_name_or_path is not None:
+            self.last_model = self.freeze(load_frozen(self.args.last_model_name_or_path, self.args))
+            return "model"
+        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
+            # TRL keeps a frozen copy of the adapter it was given: the policy's start, hence the previous iterate.
+            return "adapter"
+        if self.ref_model is not None and self.args.ref_model_name_or_path is not None:
+            start = self.model.config._name_or_path
+            self.last_model = self.freeze(load_frozen(start, self.args))
+            return "start"
+        return "reference"
+
+    def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores:
+        """Pair scores with those of the previous iterate."""
+        scores = super().scores(model, inputs)
+        if self.last_source == "reference":
+            return replace(scores, last_chosen=scores.ref_chosen, last_rejected=scores.ref_rejected)
+        if self.last_source == "columns":
+            last = inputs["last_chosen_logps"].float(), inputs["last_rejected_logps"].float()
+        elif self.last_source == "adapter":
+            last = self.frozen_logps(self.model, text_batch(inputs), "ref").chunk(2)
+        else:
+            last = self.frozen_logps(self.last_model, text_batch(inputs)).chunk(2)
+        return replace(scores, last_chosen=last[0], last_rejected=last[1])
+
+    def reference_logps(self, inputs: dict[str, Any]) -> Tensor:
+        """The reference; where TRL's `ref` adapter is the previous iterate, the reference has no adapter."""
+        if self.last_source == "adapter" and self.ref_model is None:
+            return self.frozen_logps(self.model, text_batch(inputs), None)
+        return super().reference_logps(inputs)
+
+    def start_gap(self, scores: PairScores) -> Tensor:
+        """INPO starts from the previous iterate, not from the reference."""
+        return (scores.chosen - scores.last_chosen).abs().maximum((scores.rejected - scores.last_rejected).abs()).detach()
+
+    def loss_terms(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The squared loss, one term."""
+        return {"inpo": losses.inpo(scores, eta=self.args.eta, tau=self.args.tau)}
+
+    @property
+    def reward_scale(self) -> float:
+        """tau, the strength of the reference (eta where tau is zero)."""
+        return self.args.tau or self.args.eta

@@ -1,0 +1,364 @@
+"""Scores, losses, metrics and references of the pair trainers, against numbers computed without them."""
+
+import copy
+
+import pytest
+import torch
+import trl
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from llmalign import INPOConfig, INPOTrainer, PairConfig, PairTrainer, RDPOConfig, RDPOTrainer, RPOConfig, RPOTrainer
+from llmalign.errors import UserError
+from llmalign.scores import sequence_logps
+from tests.trainers import tiny
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+COMMON = {
+    "per_device_train_batch_size": 4, "learning_rate": 1e-3, "max_steps": 2, "save_strategy": "no",
+    "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "max_length": 96, "alarm_prompts": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("start"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("other"), seed=1)
+
+
+def build(trainer, config, model, folder, *, data=None, evaluation=None, peft=None, reference=None, **options):
+    return trainer(
+        model=model,
+        ref_model=reference,
+        args=config(output_dir=str(folder), **(COMMON | options)),
+        train_dataset=data if data is not None else tiny.pairs(8),
+        eval_dataset=evaluation,
+        processing_class=tiny.tokenizer(),
+        peft_config=peft,
+    )
+
+
+def batch(trainer):
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def independent(path, trainer, rows):
+    """Chosen and rejected log-probs from full logits, one sequence at a time, with the rows' ids kept."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) if isinstance(path, str) else path
+    kept = {row["row_id"]: row for row in trainer.train_dataset}
+    wanted = [kept[int(i)] for i in rows]
+    return [
+        sequence_logps(model, [(r["prompt_ids"], r[side]) for r in wanted], pad_token_id=0, batch_size=1)
+        for side in ("chosen_ids", "rejected_ids")
+    ]
+
+
+def test_scores_are_the_sums_of_log_probs_with_the_end_token(start, other, tmp_path):
+    trainer = build(RPOTrainer, RPOConfig, start, tmp_path, ref_model_name_or_path=other)
+    inputs = batch(trainer)
+    scores = trainer.scores(trainer.model, inputs)
+    for path, chosen, rejected in (
+        (start, scores.chosen, scores.rejected),
+        (other, scores.ref_chosen, scores.ref_rejected),
+    ):
+        expected = independent(path, trainer, inputs["row_id"])
+        torch.testing.assert_close(chosen.detach(), expected[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(rejected.detach(), expected[1], rtol=0, atol=1e-4)
+    assert all(row["chosen_ids"][-1] == 1 for row in trainer.train_dataset)
+    assert scores.chosen.requires_grad and not scores.ref_chosen.requires_grad
+    lengths = [len(row["chosen_ids"]) for i in inputs["row_id"] for row in trainer.train_dataset if row["row_id"] == i]
+    assert scores.chosen_lengths.tolist() == lengths
+
+
+def test_the_rpo_loss_is_the_paper_s_and_its_terms_are_logged_apart(start, other, tmp_path):
+    trainer = build(RPOTrainer, RPOConfig, start, tmp_path, ref_model_name_or_path=other, beta=0.1, eta=0.5)
+    inputs = batch(trainer)
+    (chosen, rejected), (ref_chosen, ref_rejected) = (independent(p, trainer, inputs["row_id"]) for p in (start, other))
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    expected = torch.log1p(torch.exp(-0.1 * margin)) - 0.5 * 0.1 * chosen
+    assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected.mean().item(), abs=1e-4)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["loss"] == pytest.approx(logs["loss/preference"] + logs["loss/base"], abs=1e-5)
+    assert logs["rewards/margins"] == pytest.approx(logs["rewards/chosen"] - logs["rewards/rejected"], abs=1e-5)
+    assert logs["rewards/chosen"] == pytest.approx(0.1 * logs["drift/chosen"], abs=1e-6)
+
+
+def test_dpo_trains_to_trl_s_weights(start, tmp_path):
+    """The same seed, rows and steps: an independent implementation must end at the same model."""
+    ours = build(PairTrainer, PairConfig, start, tmp_path / "ours", max_steps=3)
+    ours.train()
+    options = {k: v for k, v in COMMON.items() if k != "alarm_prompts"} | {"max_steps": 3}
+    args = trl.DPOConfig(
+        output_dir=str(tmp_path / "theirs"), use_cpu=True, bf16=False, gradient_checkpointing=False, **options
+    )
+    theirs = trl.DPOTrainer(
+        model=start, args=args, train_dataset=tiny.pairs(8), processing_class=tiny.tokenizer()
+    )
+    theirs.train()
+    for (name, mine), yours in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, yours, rtol=0, atol=2e-6, msg=name)
+    assert ours.state.log_history[1]["loss"] == pytest.approx(theirs.state.log_history[1]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "micro"), [(8, 3), (10, 4)])  # micro-batches of 3, 3, 2 and of 4, 4, 2
+def test_accumulation_equals_one_batch_even_when_the_last_micro_batch_is_short(start, tmp_path, rows, micro):
+    options = {"max_steps": -1, "num_train_epochs": 1, "max_grad_norm": 0.1, "data": tiny.pairs(rows)}
+    one = build(RPOTrainer, RPOConfig, start, tmp_path / "one", per_device_train_batch_size=rows, **options)
+    three = build(
+        RPOTrainer, RPOConfig, start, tmp_path / "three",
+        per_device_train_batch_size=micro, gradient_accumulation_steps=3, **options,
+    )  # fmt: skip
+    one.train()
+    three.train()
+    assert one.state.global_step == three.state.global_step == 1
+    assert three.state.log_history[0]["loss"] == pytest.approx(one.state.log_history[0]["loss"], abs=1e-5)
+    assert three.state.log_history[0]["logps/chosen"] == pytest.approx(
+        one.state.log_history[0]["logps/chosen"], abs=1e-4
+    )
+    assert three.state.log_history[0]["grad_norm"] == pytest.approx(one.state.log_history[0]["grad_norm"], rel=1e-4)
+    for mine, yours in zip(one.model.parameters(), three.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, yours, rtol=0, atol=1e-5)
+
+
+def test_evaluation_counts_each_row_once_and_names_its_sets(start, other, tmp_path):
+    sets = {"a": tiny.pairs(7, seed=3), "b": tiny.pairs(5, seed=4)}
+    trainer = build(
+        PairTrainer, PairConfig, start, tmp_path, ref_model_name_or_path=other, evaluation=sets,
+        per_device_eval_batch_size=3,
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    for name, n in (("a", 7), ("b", 5)):
+        rows = trainer.eval_dataset[name]
+        scored = [
+            [sequence_logps(AutoModelForCausalLM.from_pretrained(path), [(r["prompt_ids"], r[side]) for r in rows],
+                            pad_token_id=0) for side in ("chosen_ids", "rejected_ids")]
+            for path in (start, other)
+        ]  # fmt: skip
+        assert len(rows) == n
+        margin = (scored[0][0] - scored[1][0]) - (scored[0][1] - scored[1][1])
+        assert metrics[f"eval_{name}_rewards/margins"] == pytest.approx(0.1 * margin.mean().item(), abs=1e-4)
+        assert metrics[f"eval_{name}_rewards/accuracies"] == pytest.approx((margin > 0).float().mean().item())
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(
+            torch.log1p(torch.exp(-0.1 * margin)).mean().item(), abs=1e-5
+        )
+
+
+def test_equal_scores_count_one_half(start, tmp_path):
+    trainer = build(PairTrainer, PairConfig, start, tmp_path, evaluation=tiny.pairs(5))
+    assert trainer.evaluate()["eval_rewards/accuracies"] == 0.5
+
+
+def test_clean_accuracy_undoes_the_known_flips(start, other, tmp_path):
+    data = tiny.pairs(6, flipped=lambda i: i % 2 == 0)
+    trainer = build(
+        RDPOTrainer, RDPOConfig, start, tmp_path, ref_model_name_or_path=other, evaluation=data, flip_rate=0.4
+    )
+    metrics = trainer.evaluate()
+    trainer.model.eval()
+    inputs = trainer._prepare_inputs(trainer.data_collator([dict(r) for r in trainer.eval_dataset]))
+    values = trainer.row_metrics(trainer.scores(trainer.model, inputs), inputs)
+    right = values["rewards/accuracies"].tolist()
+    clean = [1 - r if i % 2 == 0 else r for i, r in enumerate(right)]
+    assert metrics["eval_rewards/accuracies_clean"] == pytest.approx(sum(clean) / 6)
+    assert metrics["eval_rewards/accuracies"] == pytest.approx(sum(right) / 6)
+
+
+def test_flip_rate_estimated_from_a_scorer(start, tmp_path):
+    data = tiny.pairs(40, margin=lambda i: -3.0 if i % 5 == 0 else 3.0)
+    trainer = build(
+        RDPOTrainer, RDPOConfig, start, tmp_path, data=data, flip_rate="estimate", scorer_margin_column="margin"
+    )
+    # A fifth of the labels disagree with a scorer that is right with sigmoid(3) = .953:
+    # the mixture (1-e) .953 + e .047 = .8 gives e = .169.
+    assert trainer.flip_rate == pytest.approx(0.169, abs=0.002)
+
+
+def test_a_policy_that_is_not_the_reference_is_stopped(start, tmp_path):
+    trainer = build(PairTrainer, PairConfig, start, tmp_path)
+    with torch.no_grad():
+        trainer.ref_model.lm_head.weight.add_(0.01 * torch.randn_like(trainer.ref_model.lm_head.weight))
+    with pytest.raises(ValueError, match="On the first batch the policy scores a response .* nats away"):
+        trainer.train()
+
+
+def test_an_explicit_reference_is_logged_not_stopped(start, other, tmp_path, caplog):
+    trainer = build(PairTrainer, PairConfig, start, tmp_path, ref_model_name_or_path=other)
+    with caplog.at_level("INFO"):
+        trainer.train()
+    assert "another reference was given" in caplog.text
+
+
+def test_bf16_passes_the_start_check_within_its_own_noise(start, tmp_path, caplog):
+    trainer = build(PairTrainer, PairConfig, start, tmp_path, bf16=True, max_steps=1)
+    with caplog.at_level("INFO"):
+        trainer.train()
+    assert "Start check passed" in caplog.text
+
+
+def test_lora_s_reference_is_the_model_without_its_adapter(start, tmp_path):
+    trainer = build(RPOTrainer, RPOConfig, start, tmp_path, peft=copy.deepcopy(LORA), learning_rate=1e-2)
+    frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if n in frozen)
+    inputs = batch(trainer)
+    trainer.model.eval()
+    scores = trainer.scores(trainer.model, inputs)
+    expected = independent(start, trainer, inputs["row_id"])
+    torch.testing.assert_close(scores.ref_chosen, expected[0], rtol=0, atol=1e-4)
+    assert (scores.chosen - scores.ref_chosen).abs().max() > 1e-3  # the adapter has moved
+    with trainer.model.disable_adapter():
+        assert torch.equal(trainer.scores(trainer.model, inputs).ref_chosen, scores.ref_chosen)
+
+
+def test_reference_log_probs_from_columns(start, tmp_path):
+    data = tiny.pairs(4, ref_chosen_logps=lambda i: -10.0 - i, ref_rejected_logps=lambda i: -20.0 - i)
+    trainer = build(PairTrainer, PairConfig, start, tmp_path, data=data)
+    assert trainer.ref_model is None
+    inputs = batch(trainer)
+    assert trainer.scores(trainer.model, inputs).ref_chosen.tolist() == [-10.0 - i for i in inputs["row_id"].tolist()]
+
+
+def test_precomputed_reference_equals_the_reference_on_the_fly(start, tmp_path):
+    fly = build(PairTrainer, PairConfig, start, tmp_path / "a")
+    kept = build(PairTrainer, PairConfig, start, tmp_path / "b", precompute_ref_log_probs=True)
+    fly.train()
+    kept.train()
+    for mine, yours in zip(fly.model.parameters(), kept.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, yours, rtol=0, atol=1e-6)
+
+
+def test_base_response_from_a_column(start, tmp_path):
+    data = tiny.pairs(4, base=lambda i: f"base {i}")
+    trainer = build(RPOTrainer, RPOConfig, start, tmp_path, data=data, base="column", beta=0.1, eta=1.0)
+    inputs = batch(trainer)
+    scores = trainer.scores(trainer.model, inputs)
+    kept = {r["row_id"]: r for r in trainer.train_dataset}
+    model = AutoModelForCausalLM.from_pretrained(start)
+    sequences = [(kept[i]["prompt_ids"], kept[i]["base_ids"]) for i in inputs["row_id"].tolist()]
+    torch.testing.assert_close(
+        scores.base.detach(), sequence_logps(model, sequences, pad_token_id=0), rtol=0, atol=1e-4
+    )
+    terms = trainer.loss_terms(scores, inputs)
+    torch.testing.assert_close(terms["base"], -0.1 * scores.base, rtol=0, atol=1e-4)
+
+
+def test_base_response_drawn_once_from_the_reference(start, tmp_path):
+    options = {"base": "reference", "base_new_tokens": 6}
+    first = build(RPOTrainer, RPOConfig, start, tmp_path, **options)
+    drawn = list(first.train_dataset["base_ids"])
+    assert all(1 <= len(ids) <= 6 for ids in drawn)
+    kept = (tmp_path / "base_responses.json").read_text()
+    first.train()
+    again = build(RPOTrainer, RPOConfig, start, tmp_path, **options)
+    assert list(again.train_dataset["base_ids"]) == drawn
+    assert (tmp_path / "base_responses.json").read_text() == kept
+
+
+def test_base_column_missing_is_one_sentence(start, tmp_path):
+    with pytest.raises(UserError, match="add a column named base"):
+        build(RPOTrainer, RPOConfig, start, tmp_path, base="column").train()
+
+
+class TestINPO:
+    def h(self, trainer, inputs, policy, reference, last, ratio):
+        lp, rp, tp = (independent(p, trainer, inputs["row_id"]) for p in (policy, reference, last))
+        return (lp[0] - lp[1]) - ratio * (rp[0] - rp[1]) - (1 - ratio) * (tp[0] - tp[1])
+
+    def check(self, trainer, policy, reference, last):
+        inputs = batch(trainer)
+        h = self.h(trainer, inputs, policy, reference, last, ratio=0.25)
+        loss = trainer.compute_loss(trainer.model, inputs)
+        assert loss.item() == pytest.approx(((h - 1 / (2 * 0.1)) ** 2).mean().item(), rel=1e-4)
+
+    def make(self, folder, model, **options):
+        return build(INPOTrainer, INPOConfig, model, folder, eta=0.1, tau=0.025, **options)
+
+    def test_first_iteration_last_is_the_reference(self, start, tmp_path):
+        trainer = self.make(tmp_path, start)
+        assert trainer.last_source == "reference"
+        self.check(trainer, start, start, start)
+        trainer.train()  # passes its start check
+
+    def test_last_is_the_start_where_the_reference_is_another(self, start, other, tmp_path):
+        trainer = self.make(tmp_path, other, ref_model_name_or_path=start)
+        assert trainer.last_source == "start"
+        self.check(trainer, other, start, other)
+        trainer.train()
+
+    def test_last_from_a_model_path(self, start, other, tmp_path):
+        trainer = self.make(tmp_path, start, last_model_name_or_path=other)
+        assert trainer.last_source == "model"
+        self.check(trainer, start, start, other)
+        trainer.train()
+
+    def test_last_from_columns(self, start, tmp_path):
+        data = tiny.pairs(4, last_chosen_logps=lambda i: -5.0 * i, last_rejected_logps=lambda i: -3.0 * i)
+        trainer = self.make(tmp_path, start, data=data)
+        scores = trainer.scores(trainer.model, inputs := batch(trainer))
+        assert scores.last_chosen.tolist() == [-5.0 * i for i in inputs["row_id"].tolist()]
+        trainer.train()
+
+    def test_last_from_a_frozen_adapter_and_the_reference_without_it(self, start, tmp_path):
+        first = self.make(tmp_path / "one", start, peft=copy.deepcopy(LORA), learning_rate=1e-2)
+        first.train()
+        first.save_model(str(tmp_path / "adapter"))
+        trainer = self.make(tmp_path / "two", start, last_adapter=str(tmp_path / "adapter"), learning_rate=1e-2)
+        assert trainer.last_source == "adapter" and trainer.ref_model is None
+        inputs = batch(trainer)
+        trainer.model.eval()
+        scores = trainer.scores(trainer.model, inputs)
+        expected = independent(start, trainer, inputs["row_id"])
+        torch.testing.assert_close(scores.ref_chosen, expected[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(scores.chosen.detach(), scores.last_chosen, rtol=0, atol=1e-5)
+        assert (scores.last_chosen - scores.ref_chosen).abs().max() > 1e-3
+        before = {n: p.clone() for n, p in trainer.model.named_parameters() if ".ref." in n}
+        trainer.train()
+        assert before and all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+        after = trainer.scores(trainer.model.eval(), inputs)
+        torch.testing.assert_close(after.last_chosen, scores.last_chosen, rtol=0, atol=1e-5)
+        assert (after.chosen - after.last_chosen).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loss": "cdpo", "flip_rate": 0.1}, {"loss": "ipo", "tau": 0.05}, {"loss": "slic"}, {"loss": "irpo", "alpha": 1.0},
+     {"loss": "rpo", "eta": 0.1}, {"loss": "ripo", "tau": 0.05, "flip_rate": 0.2}, {"loss": "rslic", "flip_rate": 0.2},
+     {"loss": "rdpo", "flip_rate": 0.2}],
+)  # fmt: skip
+def test_every_pairwise_loss_trains(start, tmp_path, options):
+    trainer = build(PairTrainer, PairConfig, start, tmp_path, **options)
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history[:2])
+
+
+def test_conversations_need_a_chat_template(start, tmp_path):
+    rows = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yes"}]
+    data = tiny.Dataset.from_list([{"prompt": rows[0], "chosen": rows[1], "rejected": rows[1]}])
+    args = PairConfig(output_dir=str(tmp_path), **COMMON)
+    with pytest.raises(UserError, match="no chat template"):
+        PairTrainer(model=start, args=args, train_dataset=data, processing_class=tiny.tokenizer(chat=False))
+
+
+def test_mixtures_of_experts_are_refused_with_the_way_out(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=264, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, router_aux_loss_coef=0.01,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="router_aux_loss_coef: 0"):
+        build(PairTrainer, PairConfig, MixtralForCausalLM(config), tmp_path)
+    build(PairTrainer, PairConfig, MixtralForCausalLM(config), tmp_path, router_aux_loss_coef=0.0, max_steps=1).train()
+
+
+def test_images_are_refused(start, tmp_path):
+    with pytest.raises(UserError, match="vision-language models are not supported"):
+        PairTrainer(
+            model=start, args=PairConfig(output_dir=str(tmp_path), **COMMON), train_dataset=tiny.pairs(2),
+            processing_class=object(),
+        )  # fmt: skip
