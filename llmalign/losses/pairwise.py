@@ -1,9 +1,10 @@
 """Losses of preference pairs: dpo cdpo ipo slic | rpo irpo | rdpo ripo rslic | inpo.
 
 Every function takes ``PairScores`` and returns the loss of each pair, (B,), in nats or squared nats, to be minimised.
-All but ``inpo`` see the policy through the margin ``m = rho(chosen) - rho(rejected)`` with ``rho = policy -
-reference``, of log-probabilities that are summed, never averaged, over tokens. ValueError for scores of unequal shape
-or dtype and for a hyper-parameter out of its range. Not covered: NaN or infinite scores, which pass through.
+All but ``inpo`` read the margin ``m = rho(chosen) - rho(rejected)`` with ``rho = policy - reference``, of
+log-probabilities that are summed over tokens, never averaged; ``rpo`` and ``irpo`` add a likelihood. ValueError for
+scores of unequal shape or dtype and for a hyper-parameter out of its range. Not covered: NaN or infinite scores, which
+pass through.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,7 @@ from llmalign.types import PairScores
 
 def dpo(scores: PairScores, *, beta: float) -> Tensor:
     """DPO, ``-log sigmoid(beta m)``: Eq. 7 of https://arxiv.org/abs/2305.18290; ``beta`` > 0."""
-    margin = _margin(scores)
-    return _logistic(_checks.positive("beta", beta) * margin)  # Eq. 7
+    return _logistic(_margin(scores) * _checks.positive("beta", beta))  # Eq. 7
 
 
 def cdpo(scores: PairScores, *, beta: float, flip_rate: float | Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def cdpo(scores: PairScores, *, beta: float, flip_rate: float | Tensor) -> Tenso
     ``beta`` > 0; ``flip_rate`` in [0, 1], one number or (B,): the probability that the label is wrong. Unlike
     ``rdpo`` it is no unbiased estimate of the loss on clean labels: it pulls the margin to a finite target.
     """
-    logit = _checks.positive("beta", beta) * _margin(scores)
+    logit = _margin(scores) * _checks.positive("beta", beta)
     rate = _checks.flip_rate(flip_rate, logit, soft=True)
     return (1 - rate) * _logistic(logit) + rate * _logistic(-logit)  # Eq. 3
 
@@ -38,8 +38,7 @@ def ipo(scores: PairScores, *, tau: float) -> Tensor:
 
     On sums of log-probabilities as the paper writes it; TRL's loss of this name divides each by its length.
     """
-    margin = _margin(scores)
-    return _squared(margin, _checks.positive("tau", tau))  # Eq. 17
+    return _squared(_margin(scores), _checks.positive("tau", tau))  # Eq. 17
 
 
 def slic(scores: PairScores, *, beta: float) -> Tensor:
@@ -48,8 +47,7 @@ def slic(scores: PairScores, *, beta: float) -> Tensor:
     The hinge is that of https://arxiv.org/abs/2305.10425, its normalised form that of
     https://arxiv.org/abs/2309.06657. Not covered: SLiC's cross-entropy term on the supervised target.
     """
-    margin = _margin(scores)
-    return _hinge(_checks.positive("beta", beta) * margin)
+    return _hinge(_margin(scores) * _checks.positive("beta", beta))
 
 
 def rpo(scores: PairScores, *, beta: float, eta: float) -> Tensor:
@@ -84,7 +82,7 @@ def rdpo(scores: PairScores, *, beta: float, flip_rate: float | Tensor) -> Tenso
     ``((1 - e) L(m) - e L(-m)) / (1 - 2e)`` with DPO's L; ``beta`` > 0; ``flip_rate`` e in [0, 0.5), one number or
     (B,). Unbounded below for e > 0: choose checkpoints by accuracy, not by this loss.
     """
-    logit = _checks.positive("beta", beta) * _margin(scores)
+    logit = _margin(scores) * _checks.positive("beta", beta)
     return _noise_corrected(_logistic, logit, flip_rate)
 
 
@@ -104,7 +102,7 @@ def rslic(scores: PairScores, *, beta: float, flip_rate: float | Tensor) -> Tens
     ``beta`` > 0; ``flip_rate`` in [0, 0.5), one number or (B,). For a flip rate above 0 it is neither convex nor
     bounded below.
     """
-    logit = _checks.positive("beta", beta) * _margin(scores)
+    logit = _margin(scores) * _checks.positive("beta", beta)
     return _noise_corrected(_hinge, logit, flip_rate)
 
 

@@ -35,15 +35,17 @@ def sample_completions(
     several completions a prompt (repeat the prompt), models split over ranks (ZeRO-3, FSDP).
     """
     ends = end_token_ids(model, tokenizer)
+    greedy = temperature == 0
     # Every option that changes the distribution is set: what is left open would come from the model's own config.
+    # Greedy search has the library's defaults for the rest, or it warns that they have no effect.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else 1.0,
-        top_p=top_p,
-        top_k=0,
+        do_sample=not greedy,
+        temperature=1.0 if greedy else temperature,
+        top_p=1.0 if greedy else top_p,
+        top_k=50 if greedy else 0,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         use_cache=True,

@@ -91,13 +91,11 @@ class SafeCheckpointMixin(Trainer):
             shutil.rmtree(aside.parent)
         self.accelerator.wait_for_everyone()
 
-        best = self.state.best_model_checkpoint
         self._writing_aside = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._writing_aside = False
-            self.state.best_model_checkpoint = best
         if self.state.best_global_step:
             candidate = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if candidate == final or candidate.is_dir():

@@ -16,6 +16,7 @@ from llmalign.types import GroupScores, PairScores
 logger = logging.getLogger(__name__)
 
 START_TOLERANCE = 1e-4  # nats per sequence, float32
+LENGTH_MATCHED = 0.1  # a pair whose lengths differ by at most this share of the longer one
 
 
 class RowMetrics:
@@ -35,14 +36,17 @@ class RowMetrics:
             self._values.setdefault(name, []).append(value.detach().float())
 
     def means(self, accelerator: Accelerator, *, unique: bool) -> dict[str, float]:
-        """Reduce to one mean per metric over all ranks and forget the rows; NaN values are left out of a mean."""
+        """Reduce to one mean per metric over all ranks, add the number of `rows`, and forget them.
+
+        NaN values are left out of a mean, and a metric that has nothing else is left out altogether.
+        """
         own: dict[str, Any] = {name: torch.cat(chunks).cpu().numpy() for name, chunks in self._values.items()}
         rows = torch.cat(self._rows).cpu().numpy() if self._rows else np.zeros(0, dtype=np.int64)
         self._rows, self._values = [], {}
         parts = gather_object([(rows, own)]) if accelerator.num_processes > 1 else [(rows, own)]
         row_ids = np.concatenate([part[0] for part in parts])
         keep = np.unique(row_ids, return_index=True)[1] if unique else np.arange(len(row_ids))
-        means = {}
+        means = {"rows": float(len(keep))}
         for name in own:
             values = np.concatenate([part[1][name] for part in parts])[keep]
             if not np.isnan(values).all():
@@ -114,6 +118,12 @@ class PairTrainerMixin:
             "logps/accuracies": _share_first(scores.chosen, scores.rejected),
             "drift/chosen": chosen,
         }
+        if scores.chosen_lengths is not None and scores.rejected_lengths is not None:
+            longest = torch.maximum(scores.chosen_lengths, scores.rejected_lengths)
+            matched = (scores.chosen_lengths - scores.rejected_lengths).abs() <= LENGTH_MATCHED * longest
+            metrics["length/matched"] = matched
+            metrics["length/longer_wins"] = _share_first(scores.chosen_lengths, scores.rejected_lengths)
+            metrics["rewards/accuracies_length_matched"] = accuracies.masked_fill(~matched, torch.nan)
         if "flipped" in inputs:
             metrics["rewards/accuracies_clean"] = torch.where(inputs["flipped"], 1 - accuracies, accuracies)
         return metrics
@@ -169,7 +179,8 @@ class PairTrainerMixin:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over all rows since the last log to a training log."""
         if "loss" in logs:
-            logs.update(self._train_rows.means(self.accelerator, unique=False))
+            means = self._train_rows.means(self.accelerator, unique=False)
+            logs.update({name: value for name, value in means.items() if name != "rows"})
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _check_start(self, model: nn.Module, inputs: dict[str, Any], scores: Any) -> None:

@@ -187,18 +187,17 @@ def test_rotation_comes_after_the_rename(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_rotation_keeps_what_was_just_saved_beside_a_broken_later_step(run: Path) -> None:
-    (run / "checkpoint-6" / "optimizer.pt").unlink()
-    trainer = make(run, save_total_limit=1, max_steps=6)
-    steps_seen: list[list[str]] = []
+    (run / "checkpoint-6").rename(run / "checkpoint-8")
+    (run / "checkpoint-8" / "optimizer.pt").unlink()
+    seen: list[list[str]] = []
 
     class Watch(TrainerCallback):
         def on_save(self, args, state, control, **kwargs) -> None:
-            steps_seen.append(names(run))
+            seen.append(names(run))
 
-    trainer.add_callback(Watch())
-    shutil.rmtree(run / "checkpoint-4")
+    trainer = make(run, save_total_limit=2, callbacks=[Watch()])
     trainer.train(resume_from_checkpoint=resolve_resume("auto", run))
-    assert steps_seen == [["checkpoint-4"], ["checkpoint-6"]]
+    assert seen == [["checkpoint-4", "checkpoint-6"]]
     check_whole(run / "checkpoint-6")
 
 
@@ -313,6 +312,13 @@ def test_a_damaged_file_is_an_error_that_names_it(name: str, damage: str, run: P
     }
     path.write_bytes(damaged[damage])
     with pytest.raises(UserError, match=f"{name} is cut off or damaged"):
+        check_whole(run / "checkpoint-6")
+
+
+def test_weights_longer_than_their_header_says_are_damaged(run: Path) -> None:
+    with (run / "checkpoint-6" / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match="model.safetensors is cut off or damaged"):
         check_whole(run / "checkpoint-6")
 
 
@@ -485,6 +491,10 @@ def test_a_recipe_that_changes_the_result_is_refused_by_key(run: Path, tmp_path:
     guard_output_dir(tmp_path / "new", str(run / "checkpoint-4"), RECIPE)
     with pytest.raises(UserError, match="beta 0.1 -> 0.2"):
         guard_output_dir(tmp_path / "new", str(run / "checkpoint-4"), {**RECIPE, "beta": 0.2})
+    # But not in a folder that has a run of its own.
+    record_run(tmp_path / "taken", RECIPE)
+    with pytest.raises(UserError, match=r"holds another run \(run.json\)"):
+        guard_output_dir(tmp_path / "taken", str(run / "checkpoint-4"), RECIPE)
 
 
 def test_a_run_stopped_before_its_first_checkpoint_may_start_over_changed(tmp_path: Path) -> None:

@@ -148,6 +148,18 @@ def test_evaluation_counts_each_row_once_and_names_its_sets(start, other, tmp_pa
         )
 
 
+def test_length_metrics_are_worked_out_by_hand(start, tmp_path):
+    """Completions of 10 and 9, 10 and 8, 5 and 10 and 4 and 4 bytes, each with its end token."""
+    sizes = [(9, 8), (9, 7), (4, 9), (3, 3)]
+    rows = [{"prompt": "q", "chosen": "y" * c, "rejected": "n" * r} for c, r in sizes]
+    trainer = build(PairTrainer, PairConfig, start, tmp_path, evaluation=tiny.Dataset.from_list(rows))
+    metrics = trainer.evaluate()
+    assert metrics["eval_rows"] == 4
+    assert metrics["eval_length/longer_wins"] == (1 + 1 + 0 + 0.5) / 4
+    assert metrics["eval_length/matched"] == 2 / 4  # 1 of 10 differs by a tenth, 2 of 10 by more
+    assert metrics["eval_rewards/accuracies_length_matched"] == 0.5  # untrained: both ties
+
+
 def test_equal_scores_count_one_half(start, tmp_path):
     trainer = build(PairTrainer, PairConfig, start, tmp_path, evaluation=tiny.pairs(5))
     assert trainer.evaluate()["eval_rewards/accuracies"] == 0.5
