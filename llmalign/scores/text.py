@@ -46,9 +46,7 @@ def sequence_logps(
         mask = pad_sequence(scored, batch_first=True).to(device)[:, 1:]
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
         token_logps = torch.zeros(mask.shape, device=device)
-        token_logps[mask] = -nn.functional.cross_entropy(
-            logits[mask].float(), input_ids[:, 1:][mask], reduction="none"
-        )
+        token_logps[mask] = -nn.functional.cross_entropy(logits[mask].float(), input_ids[:, 1:][mask], reduction="none")
         result[rows] = completion_logps(token_logps).cpu()
     model.train(was_training)
     return result

@@ -281,4 +281,6 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
 
 def load_frozen(path: str, args: Any) -> PreTrainedModel:
     """Load a model as the policy is loaded (`args.model_init_kwargs`), to be used without gradients."""
-    return create_model_from_path(path, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})})
+    return create_model_from_path(
+        path, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    )

@@ -35,19 +35,19 @@ _NOT_HONOURED = {
 
 
 def choose_hardware(args: Any) -> str:
-    """Fill in what the user left open (`use_cpu`, `bf16`, `gradient_checkpointing`) and return the choice in words."""
+    """Fill in what the user left open (`use_cpu`, `bf16`, activation checkpointing) and return the choice in words."""
     on_cuda = torch.cuda.is_available() and not args.use_cpu
     on_mps = torch.backends.mps.is_available() and not args.use_cpu
     if not (on_cuda or on_mps):
         args.use_cpu = True
     if args.bf16 is None:
         args.bf16 = bool(on_cuda and torch.cuda.is_bf16_supported() and not args.fp16)
-    if args.gradient_checkpointing is None:
-        args.gradient_checkpointing = bool(on_cuda)
+    if args.gradient_checkpointing is None and args.activation_checkpointing is None:
+        args.activation_checkpointing = bool(on_cuda)
+    checkpointing = args.activation_checkpointing or args.gradient_checkpointing
     device = "CUDA" if on_cuda else "MPS" if on_mps else "CPU"
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    memory = "with" if args.gradient_checkpointing else "without"
-    return f"{device}, {precision}, {memory} gradient checkpointing"
+    return f"{device}, {precision}, {'with' if checkpointing else 'without'} gradient checkpointing"
 
 
 def refuse_inherited(args: Any, names: dict[str, str]) -> None:

@@ -86,7 +86,9 @@ def model_arguments(options: ModelConfig, *, trust_remote_code: bool = False) ->
     try:
         AutoConfig.from_pretrained(path, revision=options.model_revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no model could be found at {path!r} ({_first_line(error)}); check the path or name") from error
+        raise UserError(
+            f"no model could be found at {path!r} ({_first_line(error)}); check the path or name"
+        ) from error
     return path, keywords, init
 
 

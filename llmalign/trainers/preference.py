@@ -34,7 +34,9 @@ class PairTrainer(PairBase):
     def __init__(self, model: Any, ref_model: Any = None, args: PairConfig | None = None, **kwargs: Any) -> None:
         super().__init__(model, ref_model, args, **kwargs)
         self._loss = getattr(losses, self.args.loss)
-        self._hyper_parameters = {name: getattr(self.args, name) for name in PairConfig.HYPER_PARAMETERS[self.args.loss]}
+        self._hyper_parameters = {
+            name: getattr(self.args, name) for name in PairConfig.HYPER_PARAMETERS[self.args.loss]
+        }
 
     @property
     def reward_scale(self) -> float:
@@ -225,7 +227,9 @@ class INPOTrainer(PairBase):
 
     def start_gap(self, scores: PairScores) -> Tensor:
         """INPO starts from the previous iterate, not from the reference."""
-        return (scores.chosen - scores.last_chosen).abs().maximum((scores.rejected - scores.last_rejected).abs()).detach()
+        return (
+            (scores.chosen - scores.last_chosen).abs().maximum((scores.rejected - scores.last_rejected).abs()).detach()
+        )
 
     def loss_terms(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The squared loss, one term."""

@@ -374,3 +374,31 @@ def test_images_are_refused(start, tmp_path):
             model=start, args=PairConfig(output_dir=str(tmp_path), **COMMON), train_dataset=tiny.pairs(2),
             processing_class=object(),
         )  # fmt: skip
+
+
+def test_a_stream_trains_and_evaluates(start, tmp_path):
+    trainer = build(
+        RPOTrainer, RPOConfig, start, tmp_path, data=tiny.pairs(16).to_iterable_dataset(),
+        evaluation=tiny.pairs(5).to_iterable_dataset(), max_steps=3,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
+    metrics = trainer.evaluate()
+    assert metrics["eval_rows"] == 5 and metrics["eval_loss"] == pytest.approx(
+        metrics["eval_loss/preference"] + metrics["eval_loss/base"], abs=1e-5
+    )
+
+
+def test_the_best_checkpoint_is_picked_over_the_metrics_of_a_named_set(start, tmp_path):
+    trainer = build(
+        RDPOTrainer, RDPOConfig, start, tmp_path, evaluation={"clean": tiny.pairs(9, seed=2), "b": tiny.pairs(3)},
+        max_steps=4, learning_rate=1e-2, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, save_total_limit=1,
+    )  # fmt: skip
+    assert trainer.args.metric_for_best_model == "eval_clean_rewards/accuracies"
+    trainer.train()
+    key = "eval_clean_rewards/accuracies"
+    seen = {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
+    best = min(step for step, value in seen.items() if value == max(seen.values()))
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert trainer.evaluate()[key] == pytest.approx(max(seen.values()))
