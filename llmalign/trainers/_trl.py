@@ -3,16 +3,17 @@
 import contextlib
 import copy
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOTrainer
+from trl import DPOTrainer, ModelConfig
 from trl.data_utils import _tokenize, common_prefix_length
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, use_adapter
@@ -22,7 +23,7 @@ from llmalign.errors import UserError
 from llmalign.scores.text import completion_logps
 from llmalign.trainers.alarms import AlarmCallback
 from llmalign.trainers.checkpoint import SafeCheckpointMixin
-from llmalign.trainers.loading import load_tokenizer, require_chat_template
+from llmalign.trainers.loading import load_tokenizer, refuse_vision, require_chat_template
 from llmalign.trainers.pair import PairTrainerMixin
 from llmalign.types import PairScores
 
@@ -200,16 +201,22 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
         kwargs["processing_class"] = tokenizer
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = self.make_collator(tokenizer, args)
+        _no_adapter_dropout(kwargs.get("peft_config"))
+        _best_of_first_set(args, kwargs.get("eval_dataset"))
         if ref_model is None and args.ref_model_name_or_path is not None:
             ref_model = load_frozen(args.ref_model_name_or_path, args)
-        self.start_may_differ = "another reference was given" if ref_model is not None else None
-        if _has_columns(kwargs["train_dataset"], "ref_chosen_logps", "ref_rejected_logps"):
+        self.explicit_reference = ref_model is not None
+        self.start_may_differ = "another reference was given" if self.explicit_reference else None
+        if _reference_columns(kwargs["train_dataset"], kwargs.get("eval_dataset")):
+            if self.explicit_reference:
+                raise UserError("the reference is given twice: by ref_chosen_logps columns and by a model; drop one")
             self.start_may_differ = "the reference's log-probs come from columns"
             args.precompute_ref_log_probs = True  # so that TRL loads no reference model
         if ref_model is None and isinstance(model, PreTrainedModel) and not model.config._name_or_path:
             if kwargs.get("peft_config") is None:
                 ref_model = copy.deepcopy(model)  # built in memory: there is no path to load the reference from
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
+        refuse_vision(self.model.config)
         if self.aux_loss_enabled:
             raise UserError(
                 "the auxiliary loss of mixtures of experts is not part of these losses; set router_aux_loss_coef: 0"
@@ -246,7 +253,7 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns += [
-                "row_id", "base_ids", "last_chosen_logps", "last_rejected_logps", "flipped", "completion_ids", "rewards",
+                "row_id", "last_chosen_logps", "last_rejected_logps", "flipped", "completion_ids", "rewards",
             ]  # fmt: skip
 
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores:
@@ -267,6 +274,15 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
             rejected_lengths=rejected_lengths,
         )
 
+    def freeze_adapter(self, name: str) -> None:
+        """Keep a frozen copy of the adapter that is trained, under `name`, as TRL keeps one for its reference."""
+        self.model.add_adapter(name, self.model.peft_config["default"])
+        for parameter_name, parameter in self.model.named_parameters():
+            if f".{name}." in parameter_name:
+                source = self.model.get_parameter(parameter_name.replace(f".{name}.", ".default."))
+                parameter.data.copy_(source.data)
+                parameter.requires_grad_(False)
+
     def freeze(self, model: PreTrainedModel) -> nn.Module:
         """Place another frozen model beside the policy, as TRL places its reference."""
         disable_dropout_in_model(model)
@@ -279,8 +295,60 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
 
-def load_frozen(path: str, args: Any) -> PreTrainedModel:
-    """Load a model as the policy is loaded (`args.model_init_kwargs`), to be used without gradients."""
-    return create_model_from_path(
-        path, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    )
+def load_frozen(path: str, args: Any, quantization_config: Any = None) -> PreTrainedModel:
+    """Load a model as the policy is loaded (`args.model_init_kwargs`, without its revision), to be used as it is.
+
+    The folder of an adapter gives its base model with the adapter merged in. Raises UserError where nothing can be
+    loaded from `path`.
+    """
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    options.pop("revision", None)
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None  # as TRL loads its own: a model spread over devices cannot be replicated
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    try:
+        if (Path(path) / "adapter_config.json").is_file():
+            base = PeftConfig.from_pretrained(path).base_model_name_or_path
+            return PeftModel.from_pretrained(create_model_from_path(base, **options), path).merge_and_unload()
+        return create_model_from_path(path, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no model could be loaded from {path!r} ({reason}); check the path or name") from error
+
+
+def continue_adapter(model: Any, adapter: str, args: Any, quantization_config: Any) -> PeftModel:
+    """The model with a saved adapter that goes on being trained. Raises UserError where there is none."""
+    base = load_frozen(model, args, quantization_config) if isinstance(model, str) else model
+    try:
+        return PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no adapter could be loaded from {adapter!r}; check last_adapter") from error
+
+
+def _reference_columns(train: AnyDataset, evaluation: Any) -> bool:
+    """Whether the rows bring their reference log-probs; all data sets must agree."""
+    sets = [train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
+    found = [_has_columns(rows, "ref_chosen_logps", "ref_rejected_logps") for rows in sets if rows is not None]
+    if any(found) and not all(found):
+        raise UserError("ref_chosen_logps and ref_rejected_logps must be in every data set, or in none")
+    return all(found)
+
+
+def _no_adapter_dropout(peft_config: Any) -> None:
+    """All dropout is off while scoring; an explicit dropout of the adapter would be ignored in silence."""
+    if not isinstance(peft_config, LoraConfig) or peft_config.lora_dropout == 0:
+        return
+    if peft_config.lora_dropout != ModelConfig.lora_dropout:
+        raise UserError(
+            f"lora_dropout={peft_config.lora_dropout} is not honoured: dropout makes policy and reference differ; "
+            "set lora_dropout: 0"
+        )
+    logger.info("TRL's default lora_dropout of %g is switched off.", peft_config.lora_dropout)
+
+
+def _best_of_first_set(args: Any, eval_dataset: Any) -> None:
+    """Metrics of several evaluation sets carry the set's name, so a metric without one means the first."""
+    if isinstance(eval_dataset, dict) and args.metric_for_best_model == "rewards/accuracies":
+        args.metric_for_best_model = f"eval_{next(iter(eval_dataset))}_rewards/accuracies"
+        logger.info("The best checkpoint is picked by %s.", args.metric_for_best_model)

@@ -33,6 +33,9 @@ _NOT_HONOURED = {
     "use_liger_kernel": "TRL deprecates it; use model_init_kwargs {use_kernels: true}",
 }
 
+_CHECKPOINTING = "Recompute activations; left open: on CUDA only."
+_NAN_FILTER = "Hide NaN losses from the log; TRL's default is True."
+
 
 def choose_hardware(args: Any) -> str:
     """Fill in what the user left open (`use_cpu`, `bf16`, activation checkpointing) and return the choice in words."""
@@ -70,6 +73,19 @@ def require(condition: bool, name: str, value: Any, rule: str) -> None:
         raise UserError(f"{name} must be {rule}, got {value!r}")
 
 
+def best_by_accuracy(args: Any, loss: str) -> None:
+    """Let accuracy pick the best checkpoint of a loss without a lower bound; refuse a choice by that loss."""
+    if not args.load_best_model_at_end and args.save_strategy != "best":
+        return
+    if args.metric_for_best_model is None:
+        args.metric_for_best_model, args.greater_is_better = "rewards/accuracies", True
+    if args.metric_for_best_model.split("_")[-1] == "loss":
+        raise UserError(
+            f"the {loss} loss has no lower bound, so it cannot pick the best checkpoint; "
+            "set metric_for_best_model: rewards/accuracies"
+        )
+
+
 def _positive(args: Any, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
@@ -85,46 +101,36 @@ def _flip_rate(args: Any, upper: float = 0.5, *, closed: bool = False) -> None:
     require(inside, "flip_rate", value, f"in [0, {upper:g}{']' if closed else ')'}{hint}")
 
 
+class _Chosen:
+    """Precision, device and checkpointing chosen from the hardware; the choice in words is `choices`."""
+
+    def __post_init__(self) -> None:
+        self.choices = choose_hardware(self)
+        super().__post_init__()  # type: ignore[misc]
+
+
 @dataclass
-class DPOConfig(trl.DPOConfig):
+class DPOConfig(_Chosen, trl.DPOConfig):
     """TRL's DPOConfig with precision, device and checkpointing chosen from the hardware where they are left open."""
 
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations; left open: on CUDA only."}
-    )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
-
-    def __post_init__(self) -> None:
-        self.choices = choose_hardware(self)
-        super().__post_init__()
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": _CHECKPOINTING})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": _NAN_FILTER})
 
 
 @dataclass
-class SFTConfig(trl.SFTConfig):
+class SFTConfig(_Chosen, trl.SFTConfig):
     """TRL's SFTConfig with precision, device and checkpointing chosen from the hardware where they are left open."""
 
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations; left open: on CUDA only."}
-    )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
-
-    def __post_init__(self) -> None:
-        self.choices = choose_hardware(self)
-        super().__post_init__()
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": _CHECKPOINTING})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": _NAN_FILTER})
 
 
 @dataclass
-class RewardConfig(trl.RewardConfig):
+class RewardConfig(_Chosen, trl.RewardConfig):
     """TRL's RewardConfig with precision, device and checkpointing chosen from the hardware where they are left open."""
 
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations; left open: on CUDA only."}
-    )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
-
-    def __post_init__(self) -> None:
-        self.choices = choose_hardware(self)
-        super().__post_init__()
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": _CHECKPOINTING})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": _NAN_FILTER})
 
 
 @dataclass
@@ -194,6 +200,8 @@ class PairConfig(ScoreConfig):
             if name in wanted:
                 value = getattr(self, name)
                 require(math.isfinite(value) and value >= 0, name, value, "zero or a positive finite number")
+        if self.loss in ("rdpo", "rslic"):
+            best_by_accuracy(self, self.loss)
         super().__post_init__()
 
     def _unused(self) -> dict[str, str]:
@@ -241,14 +249,7 @@ class RDPOConfig(ScoreConfig):
             _flip_rate(self)
             if self.scorer_margin_column is not None:
                 raise UserError("scorer_margin_column is only used with flip_rate: estimate")
-        if self.load_best_model_at_end or self.save_strategy == "best":
-            if self.metric_for_best_model is None:
-                self.metric_for_best_model, self.greater_is_better = "rewards/accuracies", True
-            if self.metric_for_best_model.removeprefix("eval_") == "loss":
-                raise UserError(
-                    "the rDPO loss has no lower bound, so it cannot pick the best checkpoint; "
-                    "set metric_for_best_model: rewards/accuracies"
-                )
+        best_by_accuracy(self, "rDPO")
         super().__post_init__()
 
 

@@ -25,6 +25,7 @@ class CoPGTrainer(PairBase):
     mean and deviation from the training set and uses them for evaluation too. Not covered: streams with `dataset`.
     """
 
+    optional_metrics = frozenset({"rewards/accuracies"})
     _name = "CoPG"
     _tag_names = ["llmalign", "copg"]
 

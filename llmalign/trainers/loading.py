@@ -1,11 +1,12 @@
 """Models and tokenizers from a path or a Hub name, with errors that a person can act on."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -13,7 +14,10 @@ from llmalign.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["ModelConfig", "check_model_options", "load_tokenizer", "model_arguments", "require_chat_template"]
+__all__ = [
+    "ModelConfig", "check_model_options", "choose_dtype", "load_tokenizer", "model_arguments", "refuse_vision",
+    "require_chat_template",
+]  # fmt: skip
 
 _ADAPTER_FILE = "adapter_config.json"
 
@@ -60,35 +64,61 @@ def check_model_options(options: ModelConfig) -> None:
     if options.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise UserError(
             "attn_implementation: flash_attention_2 needs the flash-attn package: pip install 'llmalign[flash]'; "
-            "if it does not build, use attn_implementation: kernels-community/flash-attn2 (pip install kernels), or sdpa"
+            "if it does not build, use kernels-community/flash-attn2 (pip install 'llmalign[flash-hub]') or sdpa"
         )
     if (options.load_in_4bit or options.load_in_8bit) and not is_bitsandbytes_available():
         raise UserError("4- and 8-bit loading needs bitsandbytes: pip install 'llmalign[quant]'")
 
 
-def model_arguments(options: ModelConfig, *, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any], dict]:
+def refuse_vision(config: PretrainedConfig) -> None:
+    """Raise UserError for a vision-language model: these losses score text alone."""
+    if config.get_text_config() is not config:
+        raise UserError(f"vision-language models ({config.model_type}) are not supported: name a text model")
+
+
+def choose_dtype(options: ModelConfig, *, chosen: bool, bf16: bool) -> ModelConfig:
+    """Hold frozen base weights (LoRA, 4 and 8 bit) in bfloat16 where training runs in it and the recipe is silent.
+
+    Weights that are trained themselves stay in float32, with bfloat16 as the precision of the computation.
+    """
+    frozen = options.use_peft or options.load_in_4bit or options.load_in_8bit
+    if chosen or not bf16 or not frozen:
+        return options
+    logger.info("The frozen base weights are held in bfloat16; set dtype to change that.")
+    return replace(options, dtype="bfloat16")
+
+
+def model_arguments(
+    options: ModelConfig, *, trust_remote_code: bool = False, scorer: bool = False
+) -> tuple[Any, dict[str, Any], dict]:
     """Turn TRL's ModelConfig into what a trainer takes: the model (a name, or a loaded adapter), the trainer's keyword
     arguments (`peft_config`, `quantization_config`) and `model_init_kwargs` for its config.
 
-    Raises UserError where the model's path does not exist or holds no model.
+    `scorer` says that a reward model is trained: its adapter is for classification and its new head is trained whole.
+    Raises UserError where the model's path does not exist or holds no text model.
     """
     check_model_options(options)
+    if scorer:
+        options = replace(options, lora_task_type="SEQ_CLS", lora_modules_to_save=["score"])
     path = options.model_name_or_path
     if not path:
         raise UserError("the recipe names no model: set model_name_or_path")
     init = {"revision": options.model_revision, "attn_implementation": options.attn_implementation}
-    init |= {"dtype": options.dtype or "float32"}
+    init |= {"dtype": options.dtype}
     init = {key: value for key, value in init.items() if value is not None}
     quantization = get_quantization_config(options)
     keywords = {"peft_config": get_peft_config(options), "quantization_config": quantization}
     if (Path(path) / _ADAPTER_FILE).is_file():
+        if scorer:
+            raise UserError(f"{path!r} is an adapter; method: reward starts from a whole model: merge it first")
         return _load_adapter(path, init, quantization, trust_remote_code), {}, init
     try:
-        AutoConfig.from_pretrained(path, revision=options.model_revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, revision=options.model_revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"no model could be found at {path!r} ({_first_line(error)}); check the path or name"
         ) from error
+    refuse_vision(config)
     return path, keywords, init
 
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from llmalign.errors import UserError
 from llmalign.types import GroupScores, PairScores
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,13 @@ class RowMetrics:
         for name, value in values.items():
             self._values.setdefault(name, []).append(value.detach().float())
 
-    def means(self, accelerator: Accelerator, *, unique: bool) -> dict[str, float]:
+    def means(
+        self, accelerator: Accelerator, *, unique: bool, optional: frozenset[str] = frozenset()
+    ) -> dict[str, float]:
         """Reduce to one mean per metric over all ranks, add the number of `rows`, and forget them.
 
-        NaN values are left out of a mean, and a metric that has nothing else is left out altogether.
+        In an `optional` metric NaN says that a row has no value: it is left out, and so is a metric without any
+        value. Everywhere else NaN is a fault and shows in the mean.
         """
         own: dict[str, Any] = {name: torch.cat(chunks).cpu().numpy() for name, chunks in self._values.items()}
         rows = torch.cat(self._rows).cpu().numpy() if self._rows else np.zeros(0, dtype=np.int64)
@@ -49,8 +53,10 @@ class RowMetrics:
         means = {"rows": float(len(keep))}
         for name in own:
             values = np.concatenate([part[1][name] for part in parts])[keep]
-            if not np.isnan(values).all():
-                means[name] = float(np.nanmean(values))
+            if name in optional:
+                values = values[~np.isnan(values)]
+            if len(values):
+                means[name] = float(values.mean())
         return means
 
 
@@ -66,6 +72,8 @@ class PairTrainerMixin:
     loss_is_scaled_for_ga = True
     #: why the first batch may differ from the model that training starts from; None: it must not
     start_may_differ: str | None = None
+    #: metrics in which NaN says that a row has no value
+    optional_metrics = frozenset({"rewards/accuracies_length_matched"})
 
     _start_checked = False
 
@@ -172,14 +180,14 @@ class PairTrainerMixin:
         """Run the evaluation, then replace its batch means by means over rows, each row counted once."""
         self._eval_rows = RowMetrics()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
-        means = self._eval_rows.means(self.accelerator, unique=True)
+        means = self._eval_rows.means(self.accelerator, unique=True, optional=self.optional_metrics)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over all rows since the last log to a training log."""
         if "loss" in logs:
-            means = self._train_rows.means(self.accelerator, unique=False)
+            means = self._train_rows.means(self.accelerator, unique=False, optional=self.optional_metrics)
             logs.update({name: value for name, value in means.items() if name != "rows"})
         super().log(logs, start_time)  # type: ignore[misc]
 
@@ -199,7 +207,7 @@ class PairTrainerMixin:
             own = torch.tensor([self.split_gap(model, inputs)], device=accelerator.device)
             limit = 2 * float(accelerator.gather(own).max())
         if gap > limit:
-            raise ValueError(
+            raise UserError(
                 f"On the first batch the policy scores a response {gap:.3g} nats away from the model it started from "
                 f"(limit {limit:.3g}), so the loss would not start where the method says: the reference is another "
                 "model, an adapter does not start at zero, or dropout is on; name another reference explicitly "

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,20 @@ from llmalign import losses
 from llmalign.data.label_noise import estimate_flip_rate
 from llmalign.errors import UserError
 from llmalign.scores.sampling import sample_completions
-from llmalign.trainers._trl import PairBase, load_frozen, text_batch
+from llmalign.trainers._trl import PairBase, continue_adapter, load_frozen, text_batch
 from llmalign.trainers.configs import INPOConfig, PairConfig, RDPOConfig, RPOConfig
 from llmalign.types import PairScores
 
 logger = logging.getLogger(__name__)
+
+_LAST = "ref"  # the name under which TRL keeps a frozen copy of an adapter that goes on being trained
+_LAST_SOURCES = {
+    "columns": "the columns last_chosen_logps and last_rejected_logps",
+    "model": "last_model_name_or_path",
+    "adapter": "a frozen copy of the adapter that training goes on from",
+    "start": "a frozen copy of the model that training starts from",
+    "reference": "the reference, as in the first iteration",
+}
 
 
 class PairTrainer(PairBase):
@@ -67,6 +77,11 @@ class RPOTrainer(PairBase):
             elif self.eval_dataset is not None:
                 self.eval_dataset = self._with_base_samples(self.eval_dataset, "eval")
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.args.base != "chosen":
+            self._signature_columns.append("base_ids")
+
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores:
         """Pair scores, with the policy's log-prob of the base response where that is not the chosen one."""
         scores = super().scores(model, inputs)
@@ -78,9 +93,11 @@ class RPOTrainer(PairBase):
 
     def loss_terms(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The preference term and the base term, logged apart."""
-        total = losses.rpo(scores, beta=self.args.beta, eta=self.args.eta)
         preference = losses.dpo(scores, beta=self.args.beta)
-        return {"preference": preference, "base": total - preference}
+        return {
+            "preference": preference,
+            "base": losses.rpo(scores, beta=self.args.beta, eta=self.args.eta) - preference,
+        }
 
     @property
     def reward_scale(self) -> float:
@@ -93,7 +110,8 @@ class RPOTrainer(PairBase):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError("base: reference cannot draw from a sharded model; draw first and give a base column")
         prompts = dataset["prompt_ids"]
-        key = Hasher.hash((list(prompts), self.args.seed, self.args.base_new_tokens, self.model.config._name_or_path))
+        reference = self.args.ref_model_name_or_path or self.model.config._name_or_path
+        key = Hasher.hash((list(prompts), self.args.seed, self.args.base_new_tokens, reference))
         path = Path(self.args.output_dir) / "base_responses.json"
         kept = json.loads(path.read_text()) if path.is_file() else {}
         if kept.get(name, {}).get("key") != key:
@@ -104,6 +122,8 @@ class RPOTrainer(PairBase):
                 aside.write_text(json.dumps(kept))
                 aside.replace(path)
             self.accelerator.wait_for_everyone()
+        if "base_ids" in dataset.column_names:
+            dataset = dataset.remove_columns("base_ids")
         return dataset.add_column("base_ids", kept[name]["ids"])
 
     def _draw(self, prompts: list[list[int]], name: str) -> list[list[int]]:
@@ -133,8 +153,6 @@ class RDPOTrainer(PairBase):
     _tag_names = ["llmalign", "rdpo"]
 
     def __init__(self, model: Any, ref_model: Any = None, args: RDPOConfig | None = None, **kwargs: Any) -> None:
-        if args is not None:
-            _best_of_first_set(args, kwargs.get("eval_dataset"))
         super().__init__(model, ref_model, args, **kwargs)
         self.flip_rate = self._estimate() if self.args.flip_rate == "estimate" else self.args.flip_rate
 
@@ -152,19 +170,11 @@ class RDPOTrainer(PairBase):
         if not isinstance(self.train_dataset, Dataset) or column not in self.train_dataset.column_names:
             raise UserError(f"flip_rate: estimate found no column {column!r} with the scorer's margins")
         estimate = estimate_flip_rate(np.asarray(self.train_dataset[column], dtype=np.float64))
-        logger.warning(
+        logger.info(
             "flip_rate estimated from %s: %.3f, 95 %% interval [%.3f, %.3f].",
             column, estimate.rate, estimate.low, estimate.high,
         )  # fmt: skip
         return estimate.rate
-
-
-def _best_of_first_set(args: RDPOConfig, eval_dataset: Any) -> None:
-    """Metrics of several evaluation sets carry the set's name, so the default metric needs one too."""
-    if isinstance(eval_dataset, dict) and args.metric_for_best_model == "rewards/accuracies":
-        first = next(iter(eval_dataset))
-        args.metric_for_best_model = f"eval_{first}_rewards/accuracies"
-        logger.warning("The best checkpoint is picked by %s.", args.metric_for_best_model)
 
 
 class INPOTrainer(PairBase):
@@ -180,31 +190,33 @@ class INPOTrainer(PairBase):
 
     def __init__(self, model: Any, ref_model: Any = None, args: INPOConfig | None = None, **kwargs: Any) -> None:
         if args is not None and args.last_adapter is not None:
-            base = load_frozen(model, args) if isinstance(model, str) else model
-            model = PeftModel.from_pretrained(base, args.last_adapter, is_trainable=True)
+            model = continue_adapter(model, args.last_adapter, args, kwargs.pop("quantization_config", None))
             kwargs["peft_config"] = None
+        goes_on = isinstance(model, PeftModel)
         super().__init__(model, ref_model, args, **kwargs)
         self.last_model: nn.Module | None = None
-        self.last_source = self._find_last()
-        explicit = self.last_source in ("columns", "model") and self.args.last_model_name_or_path != model
-        self.start_may_differ = f"the previous iterate comes from {self.last_source}" if explicit else None
-        logger.info("INPO: the previous iterate is taken from %s.", self.last_source)
+        self.last_source = self._find_last(goes_on)
+        if self.last_source != "reference":
+            elsewhere = self.last_source in ("columns", "model")
+            self.start_may_differ = f"the previous iterate comes from its {self.last_source}" if elsewhere else None
+        logger.info("INPO: the previous iterate is taken from %s.", _LAST_SOURCES[self.last_source])
 
-    def _find_last(self) -> str:
-        columns = {"last_chosen_logps", "last_rejected_logps"}
-        if columns <= set(next(iter(self.train_dataset))):
+    def _find_last(self, goes_on: bool) -> str:
+        if {"last_chosen_logps", "last_rejected_logps"} <= set(next(iter(self.train_dataset))):
             return "columns"
         if self.args.last_model_name_or_path is not None:
             self.last_model = self.freeze(load_frozen(self.args.last_model_name_or_path, self.args))
             return "model"
-        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
-            # TRL keeps a frozen copy of the adapter it was given: the policy's start, hence the previous iterate.
+        if goes_on:
+            if _LAST not in self.model.peft_config:  # TRL keeps a copy only where no other reference is given
+                self.freeze_adapter(_LAST)
             return "adapter"
-        if self.ref_model is not None and self.args.ref_model_name_or_path is not None:
+        if not self.explicit_reference:
+            return "reference"
+        if not isinstance(self.model, PeftModel):
             start = self.model.config._name_or_path
-            self.last_model = self.freeze(load_frozen(start, self.args))
-            return "start"
-        return "reference"
+            self.last_model = self.freeze(load_frozen(start, self.args) if start else deepcopy(self.model))
+        return "start"
 
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores:
         """Pair scores with those of the previous iterate."""
@@ -213,17 +225,17 @@ class INPOTrainer(PairBase):
             return replace(scores, last_chosen=scores.ref_chosen, last_rejected=scores.ref_rejected)
         if self.last_source == "columns":
             last = inputs["last_chosen_logps"].float(), inputs["last_rejected_logps"].float()
-        elif self.last_source == "adapter":
-            last = self.frozen_logps(self.model, text_batch(inputs), "ref").chunk(2)
         else:
-            last = self.frozen_logps(self.last_model, text_batch(inputs)).chunk(2)
+            adapter = _LAST if self.last_source == "adapter" else None
+            model = self.model if self.last_model is None else self.last_model
+            last = self.frozen_logps(model, text_batch(inputs), adapter).chunk(2)
         return replace(scores, last_chosen=last[0], last_rejected=last[1])
 
-    def reference_logps(self, inputs: dict[str, Any]) -> Tensor:
-        """The reference; where TRL's `ref` adapter is the previous iterate, the reference has no adapter."""
-        if self.last_source == "adapter" and self.ref_model is None:
-            return self.frozen_logps(self.model, text_batch(inputs), None)
-        return super().reference_logps(inputs)
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The reference has no adapter, where TRL would take its `ref` adapter: that is the previous iterate here."""
+        if self.ref_model is None and isinstance(self.model, PeftModel):
+            return self.frozen_logps(self.model, text_batch(inputs), None).chunk(2)
+        return super().compute_ref_log_probs(model, inputs)
 
     def start_gap(self, scores: PairScores) -> Tensor:
         """INPO starts from the previous iterate, not from the reference."""

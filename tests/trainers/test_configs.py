@@ -78,5 +78,7 @@ def test_bad_values_get_one_sentence(config, options, words, tmp_path):
 
 
 def test_rdpo_picks_its_best_checkpoint_by_accuracy(tmp_path):
-    args = RDPOConfig(output_dir=str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
+    args = RDPOConfig(
+        output_dir=str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps"
+    )
     assert (args.metric_for_best_model, args.greater_is_better) == ("rewards/accuracies", True)

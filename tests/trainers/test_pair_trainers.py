@@ -5,19 +5,15 @@ import copy
 import pytest
 import torch
 import trl
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from llmalign import INPOConfig, INPOTrainer, PairConfig, PairTrainer, RDPOConfig, RDPOTrainer, RPOConfig, RPOTrainer
+from llmalign import PairConfig, PairTrainer, RDPOConfig, RDPOTrainer, RPOConfig, RPOTrainer, losses
 from llmalign.errors import UserError
 from llmalign.scores import sequence_logps
+from llmalign.trainers.pair import RowMetrics
+from llmalign.types import PairScores
 from tests.trainers import tiny
-
-LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-COMMON = {
-    "per_device_train_batch_size": 4, "learning_rate": 1e-3, "max_steps": 2, "save_strategy": "no",
-    "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "max_length": 96, "alarm_prompts": 0,
-}  # fmt: skip
+from tests.trainers.building import COMMON, LORA, batch, build, independent
 
 
 @pytest.fixture(scope="module")
@@ -28,33 +24,6 @@ def start(tmp_path_factory):
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("other"), seed=1)
-
-
-def build(trainer, config, model, folder, *, data=None, evaluation=None, peft=None, reference=None, **options):
-    return trainer(
-        model=model,
-        ref_model=reference,
-        args=config(output_dir=str(folder), **(COMMON | options)),
-        train_dataset=data if data is not None else tiny.pairs(8),
-        eval_dataset=evaluation,
-        processing_class=tiny.tokenizer(),
-        peft_config=peft,
-    )
-
-
-def batch(trainer):
-    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-
-
-def independent(path, trainer, rows):
-    """Chosen and rejected log-probs from full logits, one sequence at a time, with the rows' ids kept."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) if isinstance(path, str) else path
-    kept = {row["row_id"]: row for row in trainer.train_dataset}
-    wanted = [kept[int(i)] for i in rows]
-    return [
-        sequence_logps(model, [(r["prompt_ids"], r[side]) for r in wanted], pad_token_id=0, batch_size=1)
-        for side in ("chosen_ids", "rejected_ids")
-    ]
 
 
 def test_scores_are_the_sums_of_log_probs_with_the_end_token(start, other, tmp_path):
@@ -96,9 +65,7 @@ def test_dpo_trains_to_trl_s_weights(start, tmp_path):
     args = trl.DPOConfig(
         output_dir=str(tmp_path / "theirs"), use_cpu=True, bf16=False, gradient_checkpointing=False, **options
     )
-    theirs = trl.DPOTrainer(
-        model=start, args=args, train_dataset=tiny.pairs(8), processing_class=tiny.tokenizer()
-    )
+    theirs = trl.DPOTrainer(model=start, args=args, train_dataset=tiny.pairs(8), processing_class=tiny.tokenizer())
     theirs.train()
     for (name, mine), yours in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(mine, yours, rtol=0, atol=2e-6, msg=name)
@@ -266,74 +233,16 @@ def test_base_response_drawn_once_from_the_reference(start, tmp_path):
     assert all(1 <= len(ids) <= 6 for ids in drawn)
     kept = (tmp_path / "base_responses.json").read_text()
     first.train()
+    (tmp_path / "base_responses.json").write_text(kept.replace(str(drawn[0]), "[7, 1]"))  # a mark, to see who reads it
     again = build(RPOTrainer, RPOConfig, start, tmp_path, **options)
-    assert list(again.train_dataset["base_ids"]) == drawn
-    assert (tmp_path / "base_responses.json").read_text() == kept
+    assert list(again.train_dataset["base_ids"]) == [[7, 1], *drawn[1:]]
+    anew = build(RPOTrainer, RPOConfig, start, tmp_path, seed=1, **options)
+    assert [7, 1] not in list(anew.train_dataset["base_ids"])
 
 
 def test_base_column_missing_is_one_sentence(start, tmp_path):
     with pytest.raises(UserError, match="add a column named base"):
         build(RPOTrainer, RPOConfig, start, tmp_path, base="column").train()
-
-
-class TestINPO:
-    def h(self, trainer, inputs, policy, reference, last, ratio):
-        lp, rp, tp = (independent(p, trainer, inputs["row_id"]) for p in (policy, reference, last))
-        return (lp[0] - lp[1]) - ratio * (rp[0] - rp[1]) - (1 - ratio) * (tp[0] - tp[1])
-
-    def check(self, trainer, policy, reference, last):
-        inputs = batch(trainer)
-        h = self.h(trainer, inputs, policy, reference, last, ratio=0.25)
-        loss = trainer.compute_loss(trainer.model, inputs)
-        assert loss.item() == pytest.approx(((h - 1 / (2 * 0.1)) ** 2).mean().item(), rel=1e-4)
-
-    def make(self, folder, model, **options):
-        return build(INPOTrainer, INPOConfig, model, folder, eta=0.1, tau=0.025, **options)
-
-    def test_first_iteration_last_is_the_reference(self, start, tmp_path):
-        trainer = self.make(tmp_path, start)
-        assert trainer.last_source == "reference"
-        self.check(trainer, start, start, start)
-        trainer.train()  # passes its start check
-
-    def test_last_is_the_start_where_the_reference_is_another(self, start, other, tmp_path):
-        trainer = self.make(tmp_path, other, ref_model_name_or_path=start)
-        assert trainer.last_source == "start"
-        self.check(trainer, other, start, other)
-        trainer.train()
-
-    def test_last_from_a_model_path(self, start, other, tmp_path):
-        trainer = self.make(tmp_path, start, last_model_name_or_path=other)
-        assert trainer.last_source == "model"
-        self.check(trainer, start, start, other)
-        trainer.train()
-
-    def test_last_from_columns(self, start, tmp_path):
-        data = tiny.pairs(4, last_chosen_logps=lambda i: -5.0 * i, last_rejected_logps=lambda i: -3.0 * i)
-        trainer = self.make(tmp_path, start, data=data)
-        scores = trainer.scores(trainer.model, inputs := batch(trainer))
-        assert scores.last_chosen.tolist() == [-5.0 * i for i in inputs["row_id"].tolist()]
-        trainer.train()
-
-    def test_last_from_a_frozen_adapter_and_the_reference_without_it(self, start, tmp_path):
-        first = self.make(tmp_path / "one", start, peft=copy.deepcopy(LORA), learning_rate=1e-2)
-        first.train()
-        first.save_model(str(tmp_path / "adapter"))
-        trainer = self.make(tmp_path / "two", start, last_adapter=str(tmp_path / "adapter"), learning_rate=1e-2)
-        assert trainer.last_source == "adapter" and trainer.ref_model is None
-        inputs = batch(trainer)
-        trainer.model.eval()
-        scores = trainer.scores(trainer.model, inputs)
-        expected = independent(start, trainer, inputs["row_id"])
-        torch.testing.assert_close(scores.ref_chosen, expected[0], rtol=0, atol=1e-4)
-        torch.testing.assert_close(scores.chosen.detach(), scores.last_chosen, rtol=0, atol=1e-5)
-        assert (scores.last_chosen - scores.ref_chosen).abs().max() > 1e-3
-        before = {n: p.clone() for n, p in trainer.model.named_parameters() if ".ref." in n}
-        trainer.train()
-        assert before and all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
-        after = trainer.scores(trainer.model.eval(), inputs)
-        torch.testing.assert_close(after.last_chosen, scores.last_chosen, rtol=0, atol=1e-5)
-        assert (after.chosen - after.last_chosen).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -342,10 +251,19 @@ class TestINPO:
      {"loss": "rpo", "eta": 0.1}, {"loss": "ripo", "tau": 0.05, "flip_rate": 0.2}, {"loss": "rslic", "flip_rate": 0.2},
      {"loss": "rdpo", "flip_rate": 0.2}],
 )  # fmt: skip
-def test_every_pairwise_loss_trains(start, tmp_path, options):
-    trainer = build(PairTrainer, PairConfig, start, tmp_path, **options)
+def test_every_pairwise_loss_is_called_with_its_own_hyper_parameters(start, other, tmp_path, options):
+    trainer = build(PairTrainer, PairConfig, start, tmp_path, ref_model_name_or_path=other, **options)
+    inputs = batch(trainer)
+    policy, reference = (independent(path, trainer, inputs["row_id"]) for path in (start, other))
+    lengths = trainer.scores(trainer.model, inputs).chosen_lengths
+    scores = PairScores(*policy, *reference, chosen_lengths=lengths)
+    name, hyper = options["loss"], {k: v for k, v in options.items() if k != "loss"}
+    if "tau" not in hyper:
+        hyper["beta"] = 0.1
+    expected = getattr(losses, name)(scores, **hyper).mean().item()
+    assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
     trainer.train()
-    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history[:2])
+    assert trainer.state.log_history[0]["loss"] != trainer.state.log_history[1]["loss"]
 
 
 def test_conversations_need_a_chat_template(start, tmp_path):
@@ -368,12 +286,50 @@ def test_mixtures_of_experts_are_refused_with_the_way_out(tmp_path):
     build(PairTrainer, PairConfig, MixtralForCausalLM(config), tmp_path, router_aux_loss_coef=0.0, max_steps=1).train()
 
 
-def test_images_are_refused(start, tmp_path):
-    with pytest.raises(UserError, match="vision-language models are not supported"):
-        PairTrainer(
-            model=start, args=PairConfig(output_dir=str(tmp_path), **COMMON), train_dataset=tiny.pairs(2),
-            processing_class=object(),
-        )  # fmt: skip
+def test_images_are_refused(tmp_path):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(
+        vocab_size=264, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    seeing = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=263))
+    with pytest.raises(UserError, match="vision-language models .llava. are not supported"):
+        build(PairTrainer, PairConfig, seeing, tmp_path)
+
+
+def test_nan_is_shown_and_only_a_missing_value_is_left_out(start, tmp_path):
+    rows = RowMetrics()
+    rows.add(
+        torch.arange(3), {"loss": torch.tensor([1.0, torch.nan, 3.0]), "some": torch.tensor([1.0, torch.nan, 3.0])}
+    )
+    trainer = build(PairTrainer, PairConfig, start, tmp_path)
+    means = rows.means(trainer.accelerator, unique=True, optional=frozenset({"some"}))
+    assert means["some"] == 2.0 and means["rows"] == 3
+    assert means["loss"] != means["loss"]
+
+
+def test_an_adapter_s_dropout_is_refused_where_it_was_asked_for(start, tmp_path):
+    adapter = copy.deepcopy(LORA)
+    adapter.lora_dropout = 0.3
+    with pytest.raises(UserError, match="lora_dropout=0.3 is not honoured"):
+        build(PairTrainer, PairConfig, start, tmp_path, peft=adapter)
+
+
+def test_reference_columns_must_be_everywhere_and_alone(start, other, tmp_path):
+    columns = {"ref_chosen_logps": lambda i: -1.0, "ref_rejected_logps": lambda i: -1.0}
+    data = tiny.pairs(4, **columns)
+    with pytest.raises(UserError, match="in every data set, or in none"):
+        build(PairTrainer, PairConfig, start, tmp_path, data=data, evaluation=tiny.pairs(2))
+    with pytest.raises(UserError, match="the reference is given twice"):
+        build(PairTrainer, PairConfig, start, tmp_path, data=data, ref_model_name_or_path=other)
+
+
+def test_a_reference_that_is_not_there_is_one_sentence(start, tmp_path):
+    with pytest.raises(UserError, match="no model could be loaded from 'nowhere'"):
+        build(PairTrainer, PairConfig, start, tmp_path, ref_model_name_or_path="nowhere")
 
 
 def test_a_stream_trains_and_evaluates(start, tmp_path):
