@@ -5,7 +5,7 @@ import copy
 import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -29,7 +29,7 @@ from llmalign.types import PairScores
 
 logger = logging.getLogger(__name__)
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
 def _map_options(dataset: AnyDataset, num_proc: int | None, description: str) -> dict[str, Any]:
@@ -188,6 +188,10 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
     vision-language models and for the auxiliary loss of mixtures of experts, which it would leave out in silence.
     """
 
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: Any
+
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
         if args is None:
             raise UserError(f"{type(self).__name__} needs its config as `args`")
@@ -250,8 +254,9 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
         return super()._precompute_ref_logps(keyed, name, batch_size)
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
+        fresh = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if fresh:
             self._signature_columns += [
                 "row_id", "last_chosen_logps", "last_rejected_logps", "flipped", "completion_ids", "rewards",
             ]  # fmt: skip

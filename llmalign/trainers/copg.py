@@ -77,7 +77,7 @@ class CoPGTrainer(PairBase):
         `residual` reaches 0 at the optimum; `rewards/accuracies` is the share of unequal pairs that the implicit
         reward orders as the reward does (NaN, and left out of the mean, where all rewards of a row are equal).
         """
-        mask = scores.mask
+        mask = torch.ones_like(scores.rewards, dtype=torch.bool) if scores.mask is None else scores.mask
         rho = scores.policy - scores.reference
         first, second = torch.triu_indices(mask.shape[1], mask.shape[1], offset=1, device=mask.device)
         both = (mask[:, first] & mask[:, second]).float()

@@ -69,6 +69,7 @@ class PairTrainerMixin:
     Not covered: `compute_metrics` on logits, which no batch here ever holds.
     """
 
+    accelerator: Accelerator
     loss_is_scaled_for_ga = True
     #: why the first batch may differ from the model that training starts from; None: it must not
     start_may_differ: str | None = None

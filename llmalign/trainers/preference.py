@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate.utils import gather_object
 from datasets import Dataset
 from datasets.fingerprint import Hasher
@@ -51,7 +50,7 @@ class PairTrainer(PairBase):
     @property
     def reward_scale(self) -> float:
         """beta, or tau for the losses that have no beta."""
-        return self._hyper_parameters.get("beta", self._hyper_parameters.get("tau"))
+        return self._hyper_parameters["beta" if "beta" in self._hyper_parameters else "tau"]
 
     def loss_terms(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The chosen loss, one term."""
@@ -169,7 +168,7 @@ class RDPOTrainer(PairBase):
         column = self.args.scorer_margin_column
         if not isinstance(self.train_dataset, Dataset) or column not in self.train_dataset.column_names:
             raise UserError(f"flip_rate: estimate found no column {column!r} with the scorer's margins")
-        estimate = estimate_flip_rate(np.asarray(self.train_dataset[column], dtype=np.float64))
+        estimate = estimate_flip_rate(list(self.train_dataset[column]))
         logger.info(
             "flip_rate estimated from %s: %.3f, 95 %% interval [%.3f, %.3f].",
             column, estimate.rate, estimate.low, estimate.high,
@@ -224,11 +223,11 @@ class INPOTrainer(PairBase):
         if self.last_source == "reference":
             return replace(scores, last_chosen=scores.ref_chosen, last_rejected=scores.ref_rejected)
         if self.last_source == "columns":
-            last = inputs["last_chosen_logps"].float(), inputs["last_rejected_logps"].float()
+            last = [inputs["last_chosen_logps"].float(), inputs["last_rejected_logps"].float()]
         else:
             adapter = _LAST if self.last_source == "adapter" else None
             model = self.model if self.last_model is None else self.last_model
-            last = self.frozen_logps(model, text_batch(inputs), adapter).chunk(2)
+            last = list(self.frozen_logps(model, text_batch(inputs), adapter).chunk(2))
         return replace(scores, last_chosen=last[0], last_rejected=last[1])
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -239,9 +238,9 @@ class INPOTrainer(PairBase):
 
     def start_gap(self, scores: PairScores) -> Tensor:
         """INPO starts from the previous iterate, not from the reference."""
-        return (
-            (scores.chosen - scores.last_chosen).abs().maximum((scores.rejected - scores.last_rejected).abs()).detach()
-        )
+        assert scores.last_chosen is not None and scores.last_rejected is not None
+        chosen, rejected = scores.chosen - scores.last_chosen, scores.rejected - scores.last_rejected
+        return chosen.abs().maximum(rejected.abs()).detach()
 
     def loss_terms(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The squared loss, one term."""
