@@ -191,6 +191,8 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
     train_dataset: Any
     eval_dataset: Any
     _signature_columns: Any
+    #: columns beyond TRL's that reach the collator
+    batch_columns = ["row_id", "last_chosen_logps", "last_rejected_logps", "flipped", "completion_ids", "rewards"]
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
         if args is None:
@@ -254,12 +256,8 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
         return super()._precompute_ref_logps(keyed, name, batch_size)
 
     def _set_signature_columns_if_needed(self) -> None:
-        fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()
-        if fresh:
-            self._signature_columns += [
-                "row_id", "last_chosen_logps", "last_rejected_logps", "flipped", "completion_ids", "rewards",
-            ]  # fmt: skip
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self.batch_columns]))
 
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores:
         """Policy and reference log-probs of a batch of pairs, (B,) each."""

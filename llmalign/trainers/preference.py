@@ -69,17 +69,14 @@ class RPOTrainer(PairBase):
 
     def __init__(self, model: Any, ref_model: Any = None, args: RPOConfig | None = None, **kwargs: Any) -> None:
         super().__init__(model, ref_model, args, **kwargs)
+        if self.args.base != "chosen":
+            self.batch_columns = [*self.batch_columns, "base_ids"]
         if self.args.base == "reference":
             self.train_dataset = self._with_base_samples(self.train_dataset, "train")
             if isinstance(self.eval_dataset, dict):
                 self.eval_dataset = {k: self._with_base_samples(v, k) for k, v in self.eval_dataset.items()}
             elif self.eval_dataset is not None:
                 self.eval_dataset = self._with_base_samples(self.eval_dataset, "eval")
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if self.args.base != "chosen":
-            self._signature_columns.append("base_ids")
 
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores:
         """Pair scores, with the policy's log-prob of the base response where that is not the chosen one."""
