@@ -1,0 +1,57 @@
+# Everything that needs Python runs in .venv, which `setup` makes once (uv when present, else pip).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.llmalign-installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: help setup quickstart test test-all lint format claims bench clean
+
+help:
+	@echo "make quickstart   align a small language model and measure it (about 4 minutes, no download)"
+	@echo "make test         the test suite (make test-all: the slow ones too)"
+	@echo "make lint         ruff, format check, mypy"
+	@echo "make claims       what the papers claim, measured (up to an hour)"
+	@echo "make bench        time per step beside TRL"
+
+setup: $(STAMP)
+
+# torch first and with pip: a CPU build may lie where only pip is configured to look.
+$(STAMP): pyproject.toml constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "TRL 1.16 needs Python 3.11 or newer, and $(PYTHON) is older: make setup PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@if command -v uv >/dev/null && echo "installing with uv" && \
+	  uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; then true; \
+	else echo "installing with pip" && \
+	  $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'; fi
+	@touch $@
+
+quickstart: setup
+	$(BIN)/llmalign quickstart
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+claims: setup
+	$(BIN)/python scripts/claims/run.py
+
+bench: setup
+	$(BIN)/python scripts/bench.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

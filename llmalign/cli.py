@@ -1,0 +1,174 @@
+"""`llmalign train`, `llmalign doctor`, `llmalign quickstart`: one sentence where something is wrong."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from llmalign import __version__
+from llmalign.errors import UserError
+
+USAGE_ERROR = 2
+SOMETHING_WRONG = 1
+
+TRAIN_HELP = """\
+RECIPE is a YAML file, or one that is shipped, such as trainers/rpo/recipe.yaml. It names `method` (rpo, rdpo, inpo,
+copg, pair, dpo, sft, reward), `model_name_or_path` (a folder, a Hub name or embedded:tiny), `dataset_name` (a file, a
+folder, a Hub name or sample:pairs), and any field of the method's config. Every key can be given as --key value.
+A method's own keys are in trainers/<method>/README.md; the others are TRL's ModelConfig and transformers'
+TrainingArguments. Data keys: columns, where, max_rows, streaming, eval_datasets, dataset_test_split, overlong and the
+doctor's limits (max_truncated, max_identical, ...).
+
+  llmalign train trainers/rpo/smoke.yaml
+  llmalign train trainers/rpo/lora.yaml --model_name_or_path ./my-model --dataset_name pairs.jsonl
+  llmalign train trainers/rpo/lora.yaml --resume auto
+"""
+DOCTOR_HELP = """\
+DATA is a file, a folder, a Hub name, sample:pairs or spec:NAME. Exits with 1 when something is wrong with it.
+How it is read: --split, --config, --revision, --columns, --where, --max_rows, as in a recipe. What is allowed:
+--max_truncated, --max_identical and the other limits of a recipe, as shares of the rows.
+
+  llmalign doctor pairs.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --max_length 1024 --row 0
+  llmalign doctor scored.jsonl --model ./m --kind groups --columns '{completions: out.text, rewards: out.score}'
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 (the doctor found something) or 2 (it could not be done)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command == "quickstart":
+        parser.error(f"quickstart does not know {' '.join(rest)}")
+    _set_up_logging()
+    try:
+        return options.run(options, rest)
+    except UserError as error:
+        if _is_main_process():
+            print(f"llmalign: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        if _is_main_process():
+            print("llmalign: stopped; go on with --resume auto.", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar; `train` takes any further --key value as an override of its recipe."""
+    parser = argparse.ArgumentParser(prog="llmalign", description="Align language models with preferences.")
+    parser.add_argument("--version", action="version", version=f"llmalign {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+
+    train = commands.add_parser("train", help="train as a recipe says", description=TRAIN_HELP, **layout)
+    train.add_argument("recipe", metavar="RECIPE")
+    train.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint, or from the newest whole one")
+    train.set_defaults(run=_train)
+
+    doctor = commands.add_parser("doctor", help="look for faults in a data set", description=DOCTOR_HELP, **layout)
+    doctor.add_argument("data", metavar="DATA")
+    doctor.add_argument("--model", required=True, help="the model whose tokenizer and chat template are used")
+    doctor.add_argument(
+        "--kind", choices=("pairs", "groups", "text"), default="pairs", help="what a row is (default: pairs)"
+    )
+    doctor.add_argument(
+        "--max_length", type=int, default=1024, metavar="N", help="tokens of prompt and response (1024)"
+    )
+    doctor.add_argument("--row", type=int, metavar="K", help="the row_id to show token by token (default: the first)")
+    doctor.set_defaults(run=_doctor)
+
+    quickstart = commands.add_parser("quickstart", help="align a small model here and measure it", **layout)
+    quickstart.add_argument("--output_dir", default="runs/quickstart", help="where to write (runs/quickstart)")
+    quickstart.add_argument("--seed", type=int, default=0, help="seed of data, models and samples (0)")
+    quickstart.set_defaults(run=_quickstart)
+    return parser
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    # Imported here, so that --help and a mistyped command answer at once.
+    from llmalign.recipe import load_recipe
+    from llmalign.train import run, summary
+
+    result = run(load_recipe(options.recipe, rest), resume=options.resume)
+    if _is_main_process():
+        _console().print(summary(result))
+    return 0
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+    from llmalign.data.doctor import examine
+    from llmalign.data.formats import load
+    from llmalign.prepare import PREPARATIONS, end_ids
+    from llmalign.recipe import doctor_options
+    from llmalign.train import model_path
+    from llmalign.trainers.loading import load_tokenizer
+
+    source, limits = doctor_options(options.data, rest)
+    model = model_path(options.model)
+    tokenizer = load_tokenizer(model)
+    raw = load([source], kind=options.kind)
+    rows = PREPARATIONS[options.kind](raw, tokenizer, max_length=options.max_length)
+    report = examine(
+        raw,
+        rows,
+        tokenizer,
+        kind=options.kind,
+        max_length=options.max_length,
+        eos_ids=end_ids(tokenizer, model),
+        limits=limits,
+    )
+    console = _console()
+    report.render(console)
+    _show(options.row, rows, tokenizer, console, options.max_length)
+    return SOMETHING_WRONG if report.problems() else 0
+
+
+def _show(row_id: int | None, rows: Any, tokenizer: Any, console: Console, max_length: int) -> None:
+    from llmalign.data.doctor import show_row
+
+    if not len(rows):
+        return
+    try:
+        position = 0 if row_id is None else list(rows["row_id"]).index(row_id)
+    except ValueError as error:
+        raise UserError(
+            f"There is no prepared row with the row_id {row_id}; the last one is {rows[-1]['row_id']}."
+        ) from error
+    show_row(rows[position], tokenizer, console, max_length)
+
+
+def _quickstart(options: argparse.Namespace, rest: list[str]) -> int:
+    from llmalign.quickstart import main as quickstart
+
+    quickstart(options.output_dir, options.seed)
+    return 0
+
+
+def _console() -> Console:
+    """Standard output; wide where it is a file or a pipe, which would otherwise be cut at 80 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _set_up_logging() -> None:
+    """Plain sentences on stderr from the main process, errors alone from the others."""
+    level = logging.INFO if _is_main_process() else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("llmalign").setLevel(level)
+    # The doctor counts long rows itself, and says what happens to them.
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    # Deprecations inside the libraries: nothing that a user of the command line could act on.
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

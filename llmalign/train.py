@@ -1,0 +1,207 @@
+"""From a recipe to a trained and measured model; what can be refused is refused before a model is loaded."""
+
+import json
+import logging
+import os
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers import set_seed
+
+from llmalign.embedded import ensure_tiny
+from llmalign.errors import UserError
+from llmalign.prepare import Data, end_ids, prepare
+from llmalign.recipe import Recipe, limit_keys
+from llmalign.trainers.checkpoint import HARMLESS_KEYS, guard_output_dir, record_run, resolve_resume
+from llmalign.trainers.loading import check_model_options, choose_dtype, load_tokenizer, model_arguments
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "embedded:tiny"
+METRICS_FILE = "metrics.json"
+CURVES_FILE = "curves.png"
+TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second")
+SHOWN = (
+    "loss", "accuracies", "accuracies_clean", "accuracies_length_matched", "longer_wins", "margins", "accuracy",
+    "drift/chosen", "residual",
+)  # fmt: skip
+MORE_PANELS = (
+    ("residual", "CoPG's residual", "reward", None),
+    ("accuracy", "Accuracy", "share of pairs", 0.5),
+    ("margin", "Margin of the scores", "chosen minus rejected", 0.0),
+    ("mean_token_accuracy", "Next-token accuracy", "share of tokens", None),
+)
+
+
+def run(recipe: Recipe, resume: str | None = None) -> dict[str, Any]:
+    """Train as the recipe says and return what was measured, which `<output_dir>/metrics.json` holds too.
+
+    `resume` is None, `auto` or the path of a checkpoint. Every evaluation set is measured before the first step and
+    after the last. Raises UserError, with nothing written, for a recipe, a model or data that cannot be trained on.
+    """
+    started = time.perf_counter()
+    config = recipe.training_config()
+    options = recipe.model_config()
+    check_model_options(options)
+    options = choose_dtype(options, chosen="dtype" in recipe.model, bf16=config.bf16)
+    fingerprint = what_decides_the_result(recipe, config, options)
+    guard_output_dir(config.output_dir, resume, fingerprint, HARMLESS_KEYS.union(limit_keys()))
+    checkpoint = resolve_resume(resume, config.output_dir)
+    with config.main_process_first(desc="looking for the model"):
+        path = model_path(str(options.model_name_or_path))
+    tokenizer = load_tokenizer(path, revision=options.model_revision, trust_remote_code=config.trust_remote_code)
+    if recipe.config.get("eos_token"):
+        tokenizer.eos_token = config.eos_token
+    data = prepare(recipe, tokenizer, config, end_ids(tokenizer, path, options.model_revision))
+    _plan_evaluation(config, data, checkpoint)
+    trainer = _build(recipe, config, replace(options, model_name_or_path=path), tokenizer, data)
+    _say_what_runs(recipe, trainer)
+    record_run(config.output_dir, fingerprint)
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    if data.evaluation is not None and not _measured_at_the_end(trainer):
+        trainer.evaluate()
+    trainer.save_model(config.output_dir)
+    trainer.save_state()
+    history = trainer.state.log_history
+    result = {
+        "method": recipe.method.name,
+        "model": recipe.model["model_name_or_path"],
+        "output_dir": str(config.output_dir),
+        "processes": config.world_size,
+        "steps": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - started, 1),
+        "train": trained.metrics,
+        "before": _measurements(history, step=0),
+        "after": _measurements(history, step=trainer.state.global_step),
+        "data": {name: report.as_dict() for name, report in data.reports.items()},
+    }
+    if trainer.is_world_process_zero():
+        _write_json(Path(config.output_dir) / METRICS_FILE, result)
+        _draw(history, data.evaluation, Path(config.output_dir) / CURVES_FILE, title=recipe.method.name)
+    return result
+
+
+def model_path(name: str) -> str:
+    """Where the model lies: `embedded:tiny` is built on first use, all else is a folder or a Hub name."""
+    return str(ensure_tiny()) if name == EMBEDDED else name
+
+
+def what_decides_the_result(recipe: Recipe, config: Any, options: Any) -> dict[str, Any]:
+    """The resolved recipe, flat, with defaults and what the hardware chose, to compare a resumed run with."""
+    return {
+        "method": recipe.method.name,
+        **asdict(recipe.data),
+        **{f"max_{name}": limit for name, limit in asdict(recipe.limits).items()},
+        **asdict(options),
+        **{entry.name: getattr(config, entry.name) for entry in fields(config)},
+        "world_size": config.world_size,
+    }
+
+
+def summary(result: dict[str, Any]) -> Table:
+    """A short table of what was measured before and after."""
+    table = Table(title=f"{result['method']} on {result['model']}: {result['steps']} steps, {result['seconds']:.0f} s")
+    for name in ("measured", "before", "after"):
+        table.add_column(name, justify="left" if name == "measured" else "right")
+    for key, value in result["after"].items():
+        if key.endswith(SHOWN):
+            before = result["before"].get(key)
+            table.add_row(key, "" if before is None else f"{before:.4g}", f"{value:.4g}")
+    table.caption = f"{result['output_dir']}: the model, {METRICS_FILE}, {CURVES_FILE}"
+    return table
+
+
+def _plan_evaluation(config: Any, data: Data, checkpoint: str | None) -> None:
+    """Measure before the first step of a fresh run; without an evaluation set, say what is lost."""
+    config.eval_on_start = data.evaluation is not None and checkpoint is None
+    if data.evaluation is not None:
+        return
+    if config.load_best_model_at_end:
+        raise UserError(
+            "`load_best_model_at_end` needs an evaluation set: name one with `dataset_test_split`, `eval_datasets` or "
+            "`holdout_rows`, or set it to false."
+        )
+    logger.warning(
+        "No evaluation set, so nothing is measured before and after training: name one with `dataset_test_split`, "
+        "`eval_datasets` or `holdout_rows`."
+    )
+    config.eval_strategy = type(config.eval_strategy)("no")
+
+
+def _build(recipe: Recipe, config: Any, options: Any, tokenizer: Any, data: Data) -> Any:
+    """The trainer with its model loaded; what its parts refuse is said in their own words."""
+    model, keywords, init = model_arguments(
+        options, trust_remote_code=config.trust_remote_code, scorer=recipe.method.name == "reward"
+    )
+    config.model_init_kwargs = {**(config.model_init_kwargs or {}), **init}
+    set_seed(config.seed)  # new adapters and heads are drawn while the trainer is built
+    try:
+        return recipe.method.trainer(
+            model=model,
+            args=config,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            processing_class=tokenizer,
+            **keywords,
+        )
+    except UserError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        logger.debug("The trainer could not be built.", exc_info=True)
+        raise UserError(f"{recipe.path}: {error}") from error
+
+
+def _say_what_runs(recipe: Recipe, trainer: Any) -> None:
+    args = trainer.args
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info(
+        "%s: %s; %d process%s, batch %d a step; weights in %s, attention %s, %s parameters trained.",
+        recipe.method.name,
+        args.choices,
+        args.world_size,
+        "" if args.world_size == 1 else "es",
+        args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        str(model.dtype).removeprefix("torch."),
+        model.config._attn_implementation,
+        f"{trainable:,}",
+    )
+
+
+def _draw(history: list[dict[str, Any]], evaluation: Any, path: Path, title: str) -> None:
+    """One picture; each named evaluation set is a line of its own."""
+    from llmalign.evaluation.plots import PANELS, Panel, plot_training  # matplotlib is slow to import
+
+    names = list(evaluation) if isinstance(evaluation, dict) else [title]
+    runs = {
+        name: [{key.replace(f"eval_{name}_", "eval_"): value for key, value in entry.items()} for entry in history]
+        for name in names
+    }
+    logged = {key.removeprefix("eval_") for run in runs.values() for entry in run for key in entry}
+    panels = (*PANELS, *(Panel(*panel) for panel in MORE_PANELS))
+    plot_training(runs, path, title=title, panels=[panel for panel in panels if panel.metric in logged])
+
+
+def _measured_at_the_end(trainer: Any) -> bool:
+    """Whether the last step was evaluated, and the model is still that step's and not an earlier, better one."""
+    last = _measurements(trainer.state.log_history, step=trainer.state.global_step)
+    return bool(last) and not trainer.args.load_best_model_at_end
+
+
+def _measurements(history: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """Evaluation metrics of one step, the latest of each, without timings; `eval_` is taken off."""
+    return {
+        key.removeprefix("eval_"): value
+        for entry in history
+        for key, value in entry.items()
+        if entry["step"] == step and key.startswith("eval_") and not key.endswith(TIMINGS)
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,73 @@
+"""Run the claims: `python scripts/claims/run.py [names...] [--smoke] [--out runs/claims]`.
+
+Cells that are already kept under the out folder are not run again. A name picks every claim that starts with it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# Run as a file, Python puts scripts/claims on the path; the package `claims` lies one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
+
+from claims import bandit, inpo_classes, inpo_exact, inpo_model, rdpo, rpo, start  # noqa: E402
+from claims.cells import Result, Store, code_version  # noqa: E402
+from claims.report import Claim, Outcome, write  # noqa: E402
+
+CLAIMS = {module.CLAIM.name: module.CLAIM for module in (bandit, rdpo, rpo, inpo_exact, inpo_classes, inpo_model)}
+
+
+def choose(names: list[str]) -> list[Claim]:
+    """The claims whose name starts with one of `names`, all where none is given; ValueError where one names nothing."""
+    for name in names:
+        if not any(known.startswith(name) for known in CLAIMS):
+            raise ValueError(f"No claim is called {name!r}; there are {', '.join(CLAIMS)}.")
+    return [claim for known, claim in CLAIMS.items() if not names or known.startswith(tuple(names))]
+
+
+def run_claim(claim: Claim, out: Path, smoke: bool, console: Console) -> Outcome:
+    """Run the claim's cells that are not kept yet, write its page and hand back its verdict."""
+    store = Store(out)
+    code = code_version(claim.sources)
+    cells = claim.cells(smoke)
+    records: list[Result] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(claim.name, total=len(cells))
+        for cell in cells:
+            progress.update(task, description=f"{claim.name}: {cell.name}")
+            records.append(store.run(cell, code, lambda c: claim.experiment(c, store)))
+            progress.advance(task)
+    outcome = claim.judge(records)
+    write(claim, outcome, records, out)
+    return outcome
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Re-run the papers' claims small; kept cells are not run twice.")
+    parser.add_argument("names", nargs="*", help=f"claims to run (default: all): {', '.join(CLAIMS)}")
+    parser.add_argument("--smoke", action="store_true", help="a few short cells of each claim; verdicts mean nothing")
+    parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="where cells and pages are kept")
+    arguments = parser.parse_args(argv)
+    console = Console()
+    try:
+        chosen = choose(arguments.names)
+    except ValueError as error:
+        parser.error(str(error))
+    # One core per claim is what the budget of an hour is stated for.
+    torch.set_num_threads(1)
+    start.quiet()
+    out = arguments.out / "smoke" if arguments.smoke else arguments.out
+    for claim in chosen:
+        outcome = run_claim(claim, out, arguments.smoke, console)
+        verdict = "smoke run, no verdict" if arguments.smoke else "holds" if outcome.holds else "does not hold"
+        console.print(f"[bold]{claim.name}: {verdict}.[/bold] {outcome.verdict}\n  {out / claim.name}.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Every shipped recipe is parsed into its config; every smoke recipe is run."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from llmalign.cli import main
+from llmalign.recipe import load_recipe
+from llmalign.trainers import METHODS
+from llmalign.trainers.loading import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[2] / "trainers"
+RECIPES = sorted(path.relative_to(ROOT.parent).as_posix() for path in ROOT.glob("*/*.yaml"))
+PAPER_VALUES = {
+    "rpo": {"beta": 0.01, "eta": 0.005, "learning_rate": 5e-7, "num_train_epochs": 1, "max_length": 1024},
+    "rdpo": {"beta": 0.01, "flip_rate": 0.1, "max_length": 512},
+    "inpo": {"eta": 0.005, "learning_rate": 5e-7, "warmup_steps": 0.03, "max_grad_norm": 1.0},
+    "copg": {"beta": 0.06, "learning_rate": 1e-6, "num_train_epochs": 2, "warmup_steps": 0.1},
+}
+PAPER_BATCH = {"rpo": 128, "rdpo": 16, "inpo": 128, "copg": 128}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_parses_into_its_config(recipe: str) -> None:
+    read = load_recipe(recipe)
+    config, model = read.training_config(), read.model_config()
+    assert isinstance(config, read.method.config) and isinstance(model, ModelConfig)
+    assert read.data.train_sources()
+    read.data.eval_sources()
+    assert recipe.split("/")[1] == read.method.name
+    assert config.output_dir.startswith(f"runs/{read.method.name}")
+
+
+@pytest.mark.parametrize("method", ["rpo", "rdpo", "inpo", "copg"])
+def test_every_method_of_the_papers_has_its_four_recipes_and_page(method: str) -> None:
+    names = {path.name for path in (ROOT / method).iterdir()}
+    assert {"README.md", "recipe.yaml", "lora.yaml", "qlora.yaml", "smoke.yaml"} <= names
+    config = load_recipe(f"trainers/{method}/recipe.yaml").training_config()
+    assert {key: getattr(config, key) for key in PAPER_VALUES[method]} == PAPER_VALUES[method]
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == PAPER_BATCH[method]
+
+
+@pytest.mark.parametrize("method", ["rpo", "rdpo", "inpo", "copg"])
+def test_lora_and_qlora_recipes_differ_from_the_full_one_only_where_they_say(method: str) -> None:
+    full, lora, qlora = (load_recipe(f"trainers/{method}/{name}.yaml") for name in ("recipe", "lora", "qlora"))
+    assert not full.model.get("use_peft") and lora.model["use_peft"]
+    assert not lora.model.get("load_in_4bit") and qlora.model["load_in_4bit"]
+    assert full.data == lora.data == qlora.data
+    differing = {key for key in full.config if full.config[key] != lora.config[key]}
+    assert differing == {"learning_rate", "output_dir"}
+    assert full.config["learning_rate"] < lora.config["learning_rate"]
+
+
+def test_every_method_has_a_page_and_a_smoke_recipe() -> None:
+    assert {path.parent.name for path in ROOT.glob("*/smoke.yaml")} == set(METHODS)
+    assert {path.parent.name for path in ROOT.glob("*/README.md")} == set(METHODS)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_smoke_recipe_runs(method: str, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert main(["train", f"trainers/{method}/smoke.yaml", "--output_dir", str(output), "--disable_tqdm", "true"]) == 0
+    result = json.loads((output / "metrics.json").read_text())
+    assert (result["method"], result["steps"], result["processes"]) == (method, 6, 1)
+    assert result["before"] and set(result["before"]) <= set(result["after"])
+    assert all(math.isfinite(value) for value in result["after"].values())
+    moved = [key for key in result["before"] if result["before"][key] != result["after"][key]]
+    assert any(key.endswith("loss") for key in moved)
+    assert (output / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("model.safetensors", "tokenizer.json", "run.json", "trainer_state.json"):
+        assert (output / name).is_file()
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    assert set(result["data"]) == {"train", "heldout"}
