@@ -1,5 +1,6 @@
 """The rows of a recipe, read, tokenized, examined and split, before any model weights are loaded."""
 
+import hashlib
 import json
 import logging
 import random
@@ -7,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from transformers import GenerationConfig
 
@@ -36,6 +38,18 @@ class Data:
     train: AnyDataset
     evaluation: AnyDataset | dict[str, AnyDataset] | None
     reports: dict[str, Report]
+
+    def train_digest(self) -> str | None:
+        """SHA-256 of the training rows as they go to the trainer, in their order; None for a stream."""
+        if not isinstance(self.train, Dataset):
+            return None
+        digest = hashlib.sha256()
+        for table in self.train.with_format("arrow").iter(batch_size=1000):
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
+                writer.write_table(table.combine_chunks().replace_schema_metadata())
+            digest.update(sink.getvalue())
+        return digest.hexdigest()
 
 
 def prepare(recipe: Recipe, tokenizer: Any, config: Any, eos_ids: list[int]) -> Data:

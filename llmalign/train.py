@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -13,21 +14,24 @@ from transformers import set_seed
 
 from llmalign.embedded import ensure_tiny
 from llmalign.errors import UserError
+from llmalign.evaluation.winrate import wilson
 from llmalign.prepare import Data, end_ids, prepare
 from llmalign.recipe import Recipe, limit_keys
-from llmalign.trainers.checkpoint import HARMLESS_KEYS, guard_output_dir, record_run, resolve_resume
+from llmalign.trainers.checkpoint import HARMLESS_KEYS, RUN_FILE, guard_output_dir, record_run, resolve_resume
 from llmalign.trainers.loading import check_model_options, choose_dtype, load_tokenizer, model_arguments
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded:tiny"
 METRICS_FILE = "metrics.json"
+TRAIN_ROWS = "train_rows_sha256"
 CURVES_FILE = "curves.png"
 TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second")
 SHOWN = (
     "loss", "accuracies", "accuracies_clean", "accuracies_length_matched", "longer_wins", "margins", "accuracy",
     "drift/chosen", "residual",
 )  # fmt: skip
+SHARES = ("accuracies", "accuracies_clean", "accuracies_length_matched", "longer_wins")
 MORE_PANELS = (
     ("residual", "CoPG's residual", "reward", None),
     ("accuracy", "Accuracy", "share of pairs", 0.5),
@@ -48,7 +52,8 @@ def run(recipe: Recipe, resume: str | None = None) -> dict[str, Any]:
     check_model_options(options)
     options = choose_dtype(options, chosen="dtype" in recipe.model, bf16=config.bf16)
     fingerprint = what_decides_the_result(recipe, config, options)
-    guard_output_dir(config.output_dir, resume, fingerprint, HARMLESS_KEYS.union(limit_keys()))
+    harmless = HARMLESS_KEYS.union(limit_keys())
+    guard_output_dir(config.output_dir, resume, fingerprint, harmless | {TRAIN_ROWS})
     checkpoint = resolve_resume(resume, config.output_dir)
     with config.main_process_first(desc="looking for the model"):
         path = model_path(str(options.model_name_or_path))
@@ -56,11 +61,13 @@ def run(recipe: Recipe, resume: str | None = None) -> dict[str, Any]:
     if recipe.config.get("eos_token"):
         tokenizer.eos_token = config.eos_token
     data = prepare(recipe, tokenizer, config, end_ids(tokenizer, path, options.model_revision))
+    fingerprint[TRAIN_ROWS] = data.train_digest()
+    guard_output_dir(config.output_dir, resume, fingerprint, harmless)
     _plan_evaluation(config, data, checkpoint)
     trainer = _build(recipe, config, replace(options, model_name_or_path=path), tokenizer, data)
     _say_what_runs(recipe, trainer)
     record_run(config.output_dir, fingerprint)
-    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    trained = _train(trainer, checkpoint)
     if data.evaluation is not None and not _measured_at_the_end(trainer):
         trainer.evaluate()
     trainer.save_model(config.output_dir)
@@ -82,6 +89,16 @@ def run(recipe: Recipe, resume: str | None = None) -> dict[str, Any]:
         _write_json(Path(config.output_dir) / METRICS_FILE, result)
         _draw(history, data.evaluation, Path(config.output_dir) / CURVES_FILE, title=recipe.method.name)
     return result
+
+
+def _train(trainer: Any, checkpoint: str | None) -> Any:
+    """Train; a run that is refused at its first step leaves no trace that would refuse the corrected one."""
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint)
+    except UserError:
+        if trainer.state.global_step == 0 and trainer.is_world_process_zero():
+            (Path(trainer.args.output_dir) / RUN_FILE).unlink()
+        raise
 
 
 def model_path(name: str) -> str:
@@ -106,12 +123,24 @@ def summary(result: dict[str, Any]) -> Table:
     table = Table(title=f"{result['method']} on {result['model']}: {result['steps']} steps, {result['seconds']:.0f} s")
     for name in ("measured", "before", "after"):
         table.add_column(name, justify="left" if name == "measured" else "right")
-    for key, value in result["after"].items():
+    for key in result["after"]:
         if key.endswith(SHOWN):
-            before = result["before"].get(key)
-            table.add_row(key, "" if before is None else f"{before:.4g}", f"{value:.4g}")
+            table.add_row(key, *(_with_interval(result[when], key) for when in ("before", "after")))
     table.caption = f"{result['output_dir']}: the model, {METRICS_FILE}, {CURVES_FILE}"
     return table
+
+
+def _with_interval(measured: dict[str, Any], key: str) -> str:
+    """A measurement; the share of pairs for which something holds comes with Wilson's 95 % interval."""
+    if key not in measured:
+        return ""
+    value = measured[key]
+    prefix = re.split("rewards/|length/|logps/", key)[0]  # the evaluation set's name
+    rows, matched = measured.get(f"{prefix}rows"), measured.get(f"{prefix}length/matched")
+    if not key.endswith(SHARES) or rows is None or matched is None:
+        return f"{value:.4g}"
+    low, high = wilson(value, round(rows * matched) if key.endswith("length_matched") else round(rows))
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _plan_evaluation(config: Any, data: Data, checkpoint: str | None) -> None:

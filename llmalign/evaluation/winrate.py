@@ -66,12 +66,12 @@ def win_rate(
         raise ValueError(f"outcomes must lie in [0, 1], got {values.min()} to {values.max()}")
     rate = float(values.mean())
     if clusters is None:
-        low, high = _wilson(rate, len(values))
+        low, high = wilson(rate, len(values))
     else:
         means = _bootstrap(values, clusters, seed, resamples)
         low, high = _percentiles(means)
         if means.min() == means.max():
-            low, high = _wilson(rate, len(set(clusters)))
+            low, high = wilson(rate, len(set(clusters)))
     wins, losses = int((values > 0.5).sum()), int((values < 0.5).sum())
     return WinRate(rate, low, high, len(values), wins, losses, len(values) - wins - losses)
 
@@ -148,7 +148,7 @@ def _checked(values: Sequence[float], clusters: Sequence[Hashable] | None) -> ND
     return array
 
 
-def _wilson(rate: float, n: int) -> tuple[float, float]:
+def wilson(rate: float, n: int) -> tuple[float, float]:
     """Wilson (1927): the rates p with |rate - p| <= Z sqrt(p (1 - p) / n)."""
     shrink = 1 + Z**2 / n
     centre = (rate + Z**2 / (2 * n)) / shrink

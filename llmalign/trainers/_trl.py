@@ -176,6 +176,22 @@ class TextScores:
         return float((whole - single).abs().max())
 
 
+class NamedEvaluations:
+    """Gives TRL's own evaluation metrics the name of their set, which TRL leaves out: sets overwrite each other."""
+
+    _metrics: dict[str, Any]
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Run the evaluation and rename what TRL's `log` will put `eval_` before."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        name = metric_key_prefix.removeprefix("eval").removeprefix("_")
+        if name:
+            named = {f"{name}_{key}": values for key, values in self._metrics["eval"].items()}
+            self._metrics["eval"].clear()
+            self._metrics["eval"].update(named)
+        return output
+
+
 def text_batch(inputs: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
     """The three tensors that a language model scores, from a batch; `prefix` picks another set (`base_`)."""
     return {key: inputs[prefix + key] for key in ("input_ids", "attention_mask", "completion_mask")}

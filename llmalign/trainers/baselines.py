@@ -2,16 +2,20 @@
 
 import trl
 
+from llmalign.trainers._trl import NamedEvaluations
 from llmalign.trainers.checkpoint import SafeCheckpointMixin
 
 
-class DPOTrainer(SafeCheckpointMixin, trl.DPOTrainer):
-    """TRL's DPOTrainer, all of its own losses included, with checkpoints that are whole or absent."""
+class DPOTrainer(SafeCheckpointMixin, NamedEvaluations, trl.DPOTrainer):
+    """TRL's DPOTrainer, all of its own losses included; checkpoints are whole or absent, evaluation sets keep names.
+
+    Not covered: the start check, alarms and row-weighted metrics, which `PairTrainer` with `loss="dpo"` has.
+    """
 
 
-class SFTTrainer(SafeCheckpointMixin, trl.SFTTrainer):
-    """TRL's SFTTrainer with checkpoints that are whole or absent."""
+class SFTTrainer(SafeCheckpointMixin, NamedEvaluations, trl.SFTTrainer):
+    """TRL's SFTTrainer; checkpoints are whole or absent, evaluation sets keep their names."""
 
 
-class RewardTrainer(SafeCheckpointMixin, trl.RewardTrainer):
-    """TRL's RewardTrainer with checkpoints that are whole or absent."""
+class RewardTrainer(SafeCheckpointMixin, NamedEvaluations, trl.RewardTrainer):
+    """TRL's RewardTrainer; checkpoints are whole or absent, evaluation sets keep their names."""
