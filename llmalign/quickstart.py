@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from llmalign import PairConfig, PairTrainer, RPOConfig, RPOTrainer, SFTConfig, SFTTrainer
 from llmalign import embedded as world
-from llmalign.evaluation import Estimate, WinRate, bootstrap_mean, length_matched, plot_training, sampled_kl, win_rate
+from llmalign.evaluation import Estimate, WinRate, bootstrap_mean, length_matched, win_rate
+from llmalign.evaluation.divergence import sampled_kl
+from llmalign.evaluation.plots import plot_training
 from llmalign.scores.sampling import sample_completions
 from llmalign.scores.text import sequence_logps
 from llmalign.trainers import prepare_pairs
@@ -47,7 +49,7 @@ class Settings:
     held_out_pairs: int = 300
     curve_pairs: int = 120
     pair_steps: int = 200
-    pair_batch: int = 12
+    pair_batch: int = 16
     beta: float = 0.1
     eta: float = 0.5
     rpo_rate: float = 1e-3

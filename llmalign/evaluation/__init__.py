@@ -1,23 +1,16 @@
-"""How good a policy is: win rates with their intervals, and pictures of its training."""
+"""How good a policy is: win rates with their intervals here, `divergence` and `plots` beside them.
 
-from llmalign.evaluation.divergence import sampled_kl
-from llmalign.evaluation.plots import plot_training
+The two others are imported by name, because models and matplotlib are slow to load.
+"""
+
 from llmalign.evaluation.winrate import (
     Estimate,
     WinRate,
     bootstrap_mean,
     length_matched,
     paired_difference,
+    wilson,
     win_rate,
 )
 
-__all__ = [
-    "Estimate",
-    "WinRate",
-    "bootstrap_mean",
-    "length_matched",
-    "paired_difference",
-    "plot_training",
-    "sampled_kl",
-    "win_rate",
-]
+__all__ = ["Estimate", "WinRate", "bootstrap_mean", "length_matched", "paired_difference", "wilson", "win_rate"]

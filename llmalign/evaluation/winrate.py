@@ -149,7 +149,7 @@ def _checked(values: Sequence[float], clusters: Sequence[Hashable] | None) -> ND
 
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
-    """Wilson (1927): the rates p with |rate - p| <= Z sqrt(p (1 - p) / n)."""
+    """Wilson's 95 % score interval of a share of n independent trials: the p with |rate - p| <= Z sqrt(p (1 - p) / n)."""
     shrink = 1 + Z**2 / n
     centre = (rate + Z**2 / (2 * n)) / shrink
     half = Z / shrink * math.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2))
@@ -165,8 +165,12 @@ def _bootstrap(
     sums = np.bincount(places, weights=values)
     counts = np.bincount(places).astype(float)
     generator = np.random.default_rng(seed)
-    drawn = generator.integers(len(order), size=(resamples, len(order)))
-    return sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    means = []
+    block = max(1, 4_000_000 // len(order))  # bounds the memory where there are many clusters
+    for start in range(0, resamples, block):
+        drawn = generator.integers(len(order), size=(min(block, resamples - start), len(order)))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    return np.concatenate(means)
 
 
 def _percentiles(means: NDArray[np.float64]) -> tuple[float, float]:

@@ -207,6 +207,8 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
     train_dataset: Any
     eval_dataset: Any
     _signature_columns: Any
+    #: what makes a batch of this trainer's rows
+    collator: type = PairCollator
     #: columns beyond TRL's that reach the collator
     batch_columns = ["row_id", "last_chosen_logps", "last_rejected_logps", "flipped", "completion_ids", "rewards"]
 
@@ -222,7 +224,11 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
             raise UserError("vision-language models are not supported: pass a text model and its tokenizer")
         kwargs["processing_class"] = tokenizer
         if kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = self.make_collator(tokenizer, args)
+            kwargs["data_collator"] = self.collator(
+                pad_token_id=tokenizer.pad_token_id,
+                max_length=args.max_length,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+            )
         _no_adapter_dropout(kwargs.get("peft_config"))
         _best_of_first_set(args, kwargs.get("eval_dataset"))
         if ref_model is None and args.ref_model_name_or_path is not None:
@@ -247,14 +253,6 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
         add_fused_lm_head(base)  # log-probs alone: TRL's entropy and logit statistics cost time at every call
         self.add_callback(AlarmCallback.from_args(args, self.train_dataset, self.eval_dataset))
         logger.info("%s: %s.", type(self).__name__, args.choices)
-
-    def make_collator(self, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
-        """The batch builder of this trainer's rows."""
-        return PairCollator(
-            pad_token_id=tokenizer.pad_token_id,
-            max_length=args.max_length,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-        )
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         return prepare_pairs(

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from llmalign import losses
 from llmalign.data.collators import GroupCollator
@@ -25,6 +24,7 @@ class CoPGTrainer(PairBase):
     mean and deviation from the training set and uses them for evaluation too. Not covered: streams with `dataset`.
     """
 
+    collator = GroupCollator
     optional_metrics = frozenset({"rewards/accuracies"})
     _name = "CoPG"
     _tag_names = ["llmalign", "copg"]
@@ -40,14 +40,6 @@ class CoPGTrainer(PairBase):
                 raise UserError("all rewards are equal, so there is nothing to learn and nothing to normalise")
             self.reward_mean, self.reward_std = rewards.mean().item(), rewards.std().item()
             logger.info("Rewards are normalised with mean %.4g, deviation %.4g.", self.reward_mean, self.reward_std)
-
-    def make_collator(self, tokenizer: PreTrainedTokenizerBase, args: Any) -> GroupCollator:
-        """Groups of completions, flattened."""
-        return GroupCollator(
-            pad_token_id=tokenizer.pad_token_id,
-            max_length=args.max_length,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-        )
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         return prepare_groups(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmalign.embedded import build_model, build_tokenizer
-from llmalign.evaluation import sampled_kl
+from llmalign.evaluation.divergence import sampled_kl
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:

@@ -21,7 +21,7 @@ STEPS = 24
 LAST = f"checkpoint-{STEPS}"
 CASES = {
     "full": {"method": "rpo", "beta": 0.1, "eta": 0.1},
-    "lora": {"method": "rpo", "beta": 0.1, "eta": 0.1, "use_peft": True, "lora_r": 4, "lora_dropout": 0.1},
+    "lora": {"method": "rpo", "beta": 0.1, "eta": 0.1, "use_peft": True, "lora_r": 4},
     "accumulation": {"method": "rdpo", "flip_rate": 0.1, "gradient_accumulation_steps": 2},
 }
 
