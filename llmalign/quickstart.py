@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from llmalign import PairConfig, PairTrainer, RPOConfig, RPOTrainer, SFTConfig, SFTTrainer
 from llmalign import embedded as world
+from llmalign.embedded.tiny import one_thread
 from llmalign.evaluation import Estimate, WinRate, bootstrap_mean, length_matched, win_rate
 from llmalign.evaluation.divergence import sampled_kl
 from llmalign.evaluation.plots import plot_training
@@ -101,7 +102,7 @@ def main(output_dir: str | Path = "runs/quickstart", seed: int = 0, settings: Se
     folder, began = Path(output_dir), time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 100)
     folder.mkdir(parents=True, exist_ok=True)
-    with _quiet():
+    with _quiet(), one_thread():
         console.print("[bold]1/4[/] Building the tokenizer and a small Llama; SFT on the world's sample answers")
         tokenizer, history = teach(folder / "sft", seed, settings)
         console.print("[bold]2/4[/] Aligning with RPO, and with DPO from the same start")

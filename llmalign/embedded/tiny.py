@@ -88,8 +88,8 @@ def _batches(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums depend on how threads share them, so the model is taught on one thread to give the same bytes everywhere."""
+def one_thread() -> Iterator[None]:
+    """Work on one thread: sums then give the same bytes everywhere, and a model this small gains nothing from two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -109,7 +109,7 @@ def build_tiny(
     """
     folder = Path(folder)
     tokenizer = build_tokenizer()
-    with _one_thread():
+    with one_thread():
         model = build_model(tokenizer, seed=seed)
         if train:
             loss = speak(model, tokenizer, sft_rows(steps * BATCH_SIZE, seed), seed=seed, progress=progress)

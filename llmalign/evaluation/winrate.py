@@ -149,7 +149,7 @@ def _checked(values: Sequence[float], clusters: Sequence[Hashable] | None) -> ND
 
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share of n independent trials: the p with |rate - p| <= Z sqrt(p (1 - p) / n)."""
+    """Wilson's 95 % interval of a share of n independent trials: the p with |rate - p| <= Z sqrt(p (1 - p) / n)."""
     shrink = 1 + Z**2 / n
     centre = (rate + Z**2 / (2 * n)) / shrink
     half = Z / shrink * math.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2))
