@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.llmalign-installed
+# A plain path entry: the default finder loses to a folder called llmalign, which a clone's parent is sure to hold.
+EDITABLE := --config-settings editable_mode=compat -e
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: help setup quickstart test test-all lint format claims bench clean
@@ -24,9 +26,9 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	@if command -v uv >/dev/null && echo "installing with uv" && \
-	  uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; then true; \
+	  uv pip install --quiet --python $(BIN)/python -c constraints.txt $(EDITABLE) '.[dev]'; then true; \
 	else echo "installing with pip" && \
-	  $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'; fi
+	  $(BIN)/python -m pip install --quiet -c constraints.txt $(EDITABLE) '.[dev]'; fi
 	@touch $@
 
 quickstart: setup

@@ -37,7 +37,7 @@ NEXT_COMMAND = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the run; the defaults take about two minutes on two cores, smaller ones are for tests.
+    """Sizes of the run; the defaults take about three minutes of one core, smaller ones are for tests.
 
     Both methods see the same pairs in the same order, and each has a learning rate of its own. DPO's was chosen from
     1e-4, 2e-4, 3e-4 and 5e-4 by its win rate on seed 0, which hardly differs between them.

@@ -77,9 +77,11 @@ def examine(
 def refuse(report: Report, limits: Limits | None = None) -> None:
     """Raise UserError listing every fault above its limit; return when there is none."""
     problems = report.problems(limits)
+    if len(problems) == 1:
+        raise UserError(f"refused, {problems[0]}")
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
-        raise UserError(f"The data are refused for {len(problems)} reason{'s'[: len(problems) > 1]}:\n{listed}")
+        raise UserError(f"refused for {len(problems)} reasons:\n{listed}")
 
 
 def _same_rows(raw: Dataset, prepared: IterableDataset) -> Dataset:

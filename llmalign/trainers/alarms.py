@@ -128,6 +128,10 @@ class AlarmCallback(TrainerCallback):
         self, args: Args, state: TrainerState, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, float]:
         """Draw greedy answers, note their shares in the log history and return that entry."""
+        logger.info(
+            "Drawing %d greedy answers of up to %d tokens for the alarms (alarm_prompts: 0 turns this off).",
+            len(self.prompt_ids), self.new_tokens,
+        )  # fmt: skip
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(model.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
             answers = sample_completions(

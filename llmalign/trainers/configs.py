@@ -140,6 +140,9 @@ class ScoreConfig(DPOConfig):
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Another reference than the model that training starts from."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained weight is used; searching costs a pass over the graph a step."}
+    )
     alarm_chosen_drop: float = field(
         default=50.0, metadata={"help": "Warn when the mean chosen log-prob falls this many nats below the reference."}
     )

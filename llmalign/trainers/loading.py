@@ -29,6 +29,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     """
     if not path:
         raise UserError("the model was built in memory, so there is no tokenizer to load: pass processing_class")
+    _require_folder(path)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -112,6 +113,7 @@ def model_arguments(
         if scorer:
             raise UserError(f"{path!r} is an adapter; method: reward starts from a whole model: merge it first")
         return _load_adapter(path, init, quantization, trust_remote_code), {}, init
+    _require_folder(path)
     try:
         config = AutoConfig.from_pretrained(path, revision=options.model_revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -129,6 +131,12 @@ def _load_adapter(path: str, init: dict[str, Any], quantization: Any, trust_remo
         base, quantization_config=quantization, trust_remote_code=trust_remote_code, **init
     )
     return PeftModel.from_pretrained(model, path, is_trainable=True)
+
+
+def _require_folder(path: str) -> None:
+    """A path that is not there is no Hub name either, and the Hub's own answer would speak of repository ids."""
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
+        raise UserError(f"there is no folder {path!r}; check model_name_or_path")
 
 
 def _first_line(error: Exception) -> str:
