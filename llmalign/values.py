@@ -25,6 +25,8 @@ def convert(key: str, value: Any, hint: Any) -> Any:
     if value is None and NoneType in options:
         return None
     matching = [option for option in options if _matches(value, option)]
+    if isinstance(value, str) and float in options:
+        matching = [float, *matching]  # 1e-1 is text to YAML 1.1, but no word that such a field knows
     for option in (*matching, *options):
         try:
             return _as(value, option)

@@ -6,6 +6,7 @@ import pytest
 
 from llmalign.errors import UserError
 from llmalign.recipe import doctor_options, load_recipe, parse_overrides, read_yaml
+from llmalign.values import parse_text
 
 BASE = "method: rpo\nmodel_name_or_path: m\ndataset_name: pairs.jsonl\n"
 
@@ -206,3 +207,8 @@ def test_yaml_of_another_encoding(tmp_path: Path) -> None:
     path.write_bytes(b"method: \xff\xfe\n")
     with pytest.raises(UserError, match="UTF-8"):
         read_yaml(path)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1e-1", 0.1), ("0.2", 0.2), ("estimate", "estimate")])
+def test_a_field_of_numbers_or_words_takes_both(text, expected):
+    assert parse_text("flip_rate", text, float | str) == expected
