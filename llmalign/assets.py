@@ -1,5 +1,7 @@
-"""Where the recipes, data specs, samples and launch configurations lie, in a checkout and in an installed wheel."""
+"""Where the recipes, data specs, samples and launch configurations lie, in a checkout and in an installed wheel; and
+where what was computed is kept for later runs."""
 
+import os
 from pathlib import Path
 
 from llmalign.errors import UserError
@@ -26,3 +28,9 @@ def path(relative: str) -> Path:
     if not found.exists():
         raise UserError(f"{relative} is not shipped with llmalign (looked in {root()}).")
     return found
+
+
+def cache_folder() -> Path:
+    """What is worth keeping between runs: the environment variable LLMALIGN_CACHE, else ~/.cache/llmalign."""
+    chosen = os.environ.get("LLMALIGN_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "llmalign"

@@ -1,13 +1,58 @@
-"""What a model hands to a loss: log-probability scores, as frozen dataclasses of tensors.
+"""What is scored, token ids, and what a model hands to a loss: log-probability scores, as frozen dataclasses.
 
 Every log-probability is summed over the tokens of a completion, end-of-text included and prompt and padding
-excluded, in nats. One instance holds one floating dtype, float32 or float64. The classes hold tensors and check
-nothing themselves: each loss checks shapes and dtypes of what it is given.
+excluded, in nats. One instance of scores holds one floating dtype, float32 or float64. The classes check nothing
+themselves: each loss checks shapes and dtypes of what it is given.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptGroups:
+    """Token ids of P prompts, each with completions of its own (any number, any lengths), N completions in all.
+
+    Sequences are ordered prompt by prompt: completion j of prompt p is sequence `sum(counts[:p]) + j`.
+    """
+
+    prompts: list[list[int]]
+    completions: list[list[list[int]]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def counts(self) -> list[int]:
+        """Completions of each prompt, P numbers."""
+        return [len(group) for group in self.completions]
+
+    def lengths(self) -> list[int]:
+        """Tokens of each completion, N numbers."""
+        return [len(completion) for group in self.completions for completion in group]
+
+    def unique_tokens(self) -> list[int]:
+        """Tokens of each prompt and all of its completions, the prompt counted once: P numbers."""
+        return [
+            len(prompt) + sum(map(len, group)) for prompt, group in zip(self.prompts, self.completions, strict=True)
+        ]
+
+    def sequences(self) -> list[tuple[list[int], list[int]]]:
+        """The N pairs of prompt and completion."""
+        return [
+            (prompt, completion)
+            for prompt, group in zip(self.prompts, self.completions, strict=True)
+            for completion in group
+        ]
+
+    def take(self, rows: Sequence[int]) -> "PromptGroups":
+        """Some of the prompts with all of their completions, in the order of `rows`."""
+        return PromptGroups([self.prompts[row] for row in rows], [self.completions[row] for row in rows])
+
+    def first(self, count: int) -> "PromptGroups":
+        """Every prompt with its first `count` completions alone."""
+        return PromptGroups(self.prompts, [group[:count] for group in self.completions])
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llmalign.assets import cache_folder
 from llmalign.embedded.model import build_model, build_tokenizer
 from llmalign.embedded.rows import Row, sft_rows
 
@@ -117,12 +118,6 @@ def build_tiny(
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def cache_folder() -> Path:
-    """Where built models are kept: the environment variable LLMALIGN_CACHE, else ~/.cache/llmalign."""
-    chosen = os.environ.get("LLMALIGN_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "llmalign"
 
 
 def content_key() -> str:

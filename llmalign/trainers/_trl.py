@@ -9,23 +9,24 @@ from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
-from datasets.fingerprint import Hasher
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer, ModelConfig
 from trl.data_utils import _tokenize, common_prefix_length
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, use_adapter
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, use_adapter
 
 from llmalign.data.collators import PairCollator
 from llmalign.errors import UserError
-from llmalign.scores.text import completion_logps
 from llmalign.trainers.alarms import AlarmCallback
+from llmalign.trainers.batching import MicroBatchMixin
 from llmalign.trainers.checkpoint import SafeCheckpointMixin
 from llmalign.trainers.loading import load_tokenizer, refuse_vision, require_chat_template
 from llmalign.trainers.pair import PairTrainerMixin
-from llmalign.types import PairScores
+from llmalign.trainers.references import References
+from llmalign.trainers.text_scores import TextScores
+from llmalign.types import PairScores, PromptGroups
 
 logger = logging.getLogger(__name__)
 
@@ -134,48 +135,6 @@ def _completion_ids(
     return full[len(prompt_ids) :]
 
 
-class TextScores:
-    """Sequence log-probs of padded text through TRL's fused head; shared by pairs and groups. Mixed into DPOTrainer."""
-
-    def policy_logps(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Log-probs (N,) of the completions of `input_ids`, `attention_mask`, `completion_mask` (N, T)."""
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        output = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=labels,
-            fused_lm_head=True,
-            use_cache=False,
-        )
-        return completion_logps(output.log_probs)
-
-    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """TRL's reference log-probs, fed only with what a model takes: the batch also holds rewards and row ids."""
-        return super().compute_ref_log_probs(model, text_batch(inputs))  # type: ignore[misc]
-
-    def frozen_logps(self, model: nn.Module, batch: dict[str, Tensor], adapter: str | None = None) -> Tensor:
-        """Log-probs (N,) without gradients; `adapter` names the one to use, None switches adapters off."""
-        context = contextlib.nullcontext()
-        if isinstance(self.accelerator.unwrap_model(model), PeftModel):  # type: ignore[attr-defined]
-            context = use_adapter(self.accelerator.unwrap_model(model), adapter)  # type: ignore[attr-defined]
-        with torch.no_grad(), context, self.accelerator.autocast():  # type: ignore[attr-defined]
-            return self.policy_logps(model, batch)
-
-    def reference_logps(self, inputs: dict[str, Any]) -> Tensor:
-        """Reference log-probs (N,): the frozen model, or the policy with its adapter off."""
-        model = self.ref_model if self.ref_model is not None else self.model  # type: ignore[attr-defined]
-        return torch.cat(self.compute_ref_log_probs(model, inputs))
-
-    def split_gap(self, model: nn.Module, inputs: dict[str, Any]) -> float:
-        """See PairTrainerMixin: the same sequences scored together and one by one."""
-        batch = text_batch(inputs)
-        with torch.no_grad(), self.accelerator.autocast():  # type: ignore[attr-defined]
-            whole = self.policy_logps(model, batch)
-            rows = range(len(batch["input_ids"]))
-            single = torch.cat([self.policy_logps(model, {k: v[i : i + 1] for k, v in batch.items()}) for i in rows])
-        return float((whole - single).abs().max())
-
-
 class NamedEvaluations:
     """Gives TRL's own evaluation metrics the name of their set, which TRL leaves out: sets overwrite each other."""
 
@@ -192,12 +151,7 @@ class NamedEvaluations:
         return output
 
 
-def text_batch(inputs: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """The three tensors that a language model scores, from a batch; `prefix` picks another set (`base_`)."""
-    return {key: inputs[prefix + key] for key in ("input_ids", "attention_mask", "completion_mask")}
-
-
-class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
+class PairBase(SafeCheckpointMixin, TextScores, References, MicroBatchMixin, PairTrainerMixin, DPOTrainer):
     """TRL's DPOTrainer with its loss replaced by a pure function of scores.
 
     Data preparation, reference handling, PEFT, saving and the model card stay TRL's. Raises UserError for
@@ -210,7 +164,10 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
     #: what makes a batch of this trainer's rows
     collator: type = PairCollator
     #: columns beyond TRL's that reach the collator
-    batch_columns = ["row_id", "last_chosen_logps", "last_rejected_logps", "flipped", "completion_ids", "rewards"]
+    batch_columns = [
+        "row_id", "last_chosen_logps", "last_rejected_logps", "flipped", "completion_ids", "rewards", "base_ids",
+        "ref_logps",
+    ]  # fmt: skip
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
         if args is None:
@@ -224,11 +181,7 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
             raise UserError("vision-language models are not supported: pass a text model and its tokenizer")
         kwargs["processing_class"] = tokenizer
         if kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = self.collator(
-                pad_token_id=tokenizer.pad_token_id,
-                max_length=args.max_length,
-                pad_to_multiple_of=args.pad_to_multiple_of,
-            )
+            kwargs["data_collator"] = self.collator(max_length=args.max_length)
         _no_adapter_dropout(kwargs.get("peft_config"))
         _best_of_first_set(args, kwargs.get("eval_dataset"))
         if ref_model is None and args.ref_model_name_or_path is not None:
@@ -239,18 +192,20 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
             if self.explicit_reference:
                 raise UserError("the reference is given twice: by ref_chosen_logps columns and by a model; drop one")
             self.start_may_differ = "the reference's log-probs come from columns"
-            args.precompute_ref_log_probs = True  # so that TRL loads no reference model
         if ref_model is None and isinstance(model, PreTrainedModel) and not model.config._name_or_path:
             if kwargs.get("peft_config") is None:
                 ref_model = copy.deepcopy(model)  # built in memory: there is no path to load the reference from
+        wanted, args.precompute_ref_log_probs = args.precompute_ref_log_probs, True  # so that TRL loads no reference
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
         refuse_vision(self.model.config)
         if self.aux_loss_enabled:
             raise UserError(
                 "the auxiliary loss of mixtures of experts is not part of these losses; set router_aux_loss_coef: 0"
             )
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        add_fused_lm_head(base)  # log-probs alone: TRL's entropy and logit statistics cost time at every call
+        self.start_scoring(self.model, tokenizer.pad_token_id)
+        if self.ref_model is not None:
+            self.scorer.attach(self.accelerator.unwrap_model(self.ref_model))
+        self.add_references(wanted)
         self.add_callback(AlarmCallback.from_args(args, self.train_dataset, self.eval_dataset))
         logger.info("%s: %s.", type(self).__name__, args.choices)
 
@@ -260,14 +215,8 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
         )
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        if _has_columns(dataset, "ref_chosen_logps", "ref_rejected_logps"):
-            return dataset
-        # TRL's key knows the rows and the weights, but not what else the log-probs depend on.
-        keyed = copy.copy(dataset)
-        keyed._fingerprint = Hasher.hash(
-            (dataset._fingerprint, self.args.max_length, self.args.bf16, self.args.fp16, str(self.model.dtype))
-        )
-        return super()._precompute_ref_logps(keyed, name, batch_size)
+        """TRL asks while it is built, before anything can be scored, and for a set given to `evaluate`."""
+        return self.with_references(dataset, name) if self._ready else dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -275,21 +224,38 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
 
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores:
         """Policy and reference log-probs of a batch of pairs, (B,) each."""
-        chosen, rejected = self.policy_logps(model, text_batch(inputs)).chunk(2)
-        if "ref_chosen_logps" in inputs:
-            ref_chosen, ref_rejected = inputs["ref_chosen_logps"].float(), inputs["ref_rejected_logps"].float()
-        else:
-            ref_chosen, ref_rejected = self.reference_logps(inputs).chunk(2)
-        lengths = inputs["completion_mask"][:, 1:].sum(dim=1)
-        chosen_lengths, rejected_lengths = lengths.chunk(2)
+        groups: PromptGroups = inputs["groups"]
+        policy = self.policy_logps(model, groups).reshape(len(groups), -1)
+        reference = self.reference_logps(inputs).reshape(len(groups), -1)
+        lengths = torch.tensor(groups.lengths(), device=policy.device).reshape(len(groups), -1)
         return PairScores(
-            chosen=chosen,
-            rejected=rejected,
-            ref_chosen=ref_chosen,
-            ref_rejected=ref_rejected,
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
+            chosen=policy[:, 0],
+            rejected=policy[:, 1],
+            ref_chosen=reference[:, 0],
+            ref_rejected=reference[:, 1],
+            base=policy[:, 2] if policy.shape[1] > 2 else None,
+            chosen_lengths=lengths[:, 0],
+            rejected_lengths=lengths[:, 1],
         )
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Reference log-probs of the chosen and of the rejected responses of a batch, (B,) each."""
+        logps = self.frozen_logps(model, inputs["groups"].first(2), self.reference_adapter)
+        return tuple(logps.reshape(-1, 2).unbind(dim=1))
+
+    def frozen_logps(self, model: nn.Module, groups: PromptGroups, adapter: str | None = None) -> Tensor:
+        """Log-probs (N,) without gradients; `adapter` names the one to use, None switches adapters off."""
+        context = contextlib.nullcontext()
+        if isinstance(self.accelerator.unwrap_model(model), PeftModel):
+            context = use_adapter(self.accelerator.unwrap_model(model), adapter)
+        with torch.no_grad(), context, self.accelerator.autocast():
+            return self.policy_logps(model, groups)
+
+    @property
+    def reference_adapter(self) -> str | None:
+        """The adapter that TRL keeps as the reference of one that goes on being trained; None: adapters off."""
+        adapters = self.model.peft_config if isinstance(self.model, PeftModel) else {}
+        return "ref" if "ref" in adapters else None
 
     def freeze_adapter(self, name: str) -> None:
         """Keep a frozen copy of the adapter that is trained, under `name`, as TRL keeps one for its reference."""
@@ -300,10 +266,18 @@ class PairBase(SafeCheckpointMixin, TextScores, PairTrainerMixin, DPOTrainer):
                 parameter.data.copy_(source.data)
                 parameter.requires_grad_(False)
 
+    def load_start(self) -> nn.Module:
+        """A frozen copy of the model that training starts from, loaded as the policy was."""
+        options = {"trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})}
+        options |= {"dtype": self.model.dtype, "attn_implementation": self.model.config._attn_implementation}
+        if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            options["device_map"] = None
+        return self.freeze(create_model_from_path(self.model.config._name_or_path, **options))
+
     def freeze(self, model: PreTrainedModel) -> nn.Module:
         """Place another frozen model beside the policy, as TRL places its reference."""
         disable_dropout_in_model(model)
-        add_fused_lm_head(model)
+        self.scorer.attach(model)
         model.requires_grad_(False)
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)

@@ -8,6 +8,8 @@ import torch
 import trl
 
 from llmalign.errors import UserError
+from llmalign.scores.scoring import AUTO, KINDS
+from llmalign.trainers.batching import check_batching
 
 #: Inherited fields that a score-based loss does not honour, and what to do instead.
 _NOT_HONOURED = {
@@ -140,6 +142,18 @@ class ScoreConfig(DPOConfig):
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Another reference than the model that training starts from."}
     )
+    scoring: str = field(
+        default=AUTO, metadata={"help": "auto, shared_prompt (prompts read once), padding_free or padded."}
+    )
+    tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Cut each step into micro-batches of at most so many tokens; open: by rows."}
+    )
+    precompute_ref_log_probs: bool | None = field(
+        default=None, metadata={"help": "Look the reference up in the cache on disk, filled first; open: by cost."}
+    )
+    reference_cache_dir: str | None = field(
+        default=None, metadata={"help": "The cache's folder; open: ~/.cache/llmalign/reference."}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every trained weight is used; searching costs a pass over the graph a step."}
     )
@@ -154,6 +168,8 @@ class ScoreConfig(DPOConfig):
     def __post_init__(self) -> None:
         refuse_inherited(self, _NOT_HONOURED | self._unused())
         super().__post_init__()
+        require(self.scoring in KINDS, "scoring", self.scoring, f"one of {', '.join(KINDS)}")
+        check_batching(self)
         _positive(self, "alarm_chosen_drop", "alarm_new_tokens")
         require(self.alarm_prompts >= 0, "alarm_prompts", self.alarm_prompts, "zero or more")
 
@@ -297,6 +313,3 @@ class CoPGConfig(ScoreConfig):
             "none, group or dataset",
         )
         super().__post_init__()
-
-    def _unused(self) -> dict[str, str]:
-        return {"precompute_ref_log_probs": "TRL's cache holds pairs, not groups"}

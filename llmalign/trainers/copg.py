@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from llmalign import losses
 from llmalign.data.collators import GroupCollator
 from llmalign.errors import UserError
-from llmalign.trainers._trl import PairBase, prepare_groups, text_batch
+from llmalign.trainers._trl import PairBase, prepare_groups
 from llmalign.trainers.configs import CoPGConfig
-from llmalign.types import GroupScores
+from llmalign.types import GroupScores, PromptGroups
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class CoPGTrainer(PairBase):
 
     collator = GroupCollator
     optional_metrics = frozenset({"rewards/accuracies"})
+    reference_columns = ("ref_logps",)
     _name = "CoPG"
     _tag_names = ["llmalign", "copg"]
 
@@ -46,10 +48,23 @@ class CoPGTrainer(PairBase):
             dataset, self._tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc, name=dataset_name
         )
 
+    def referred(self, groups: PromptGroups) -> PromptGroups:
+        """The reference scores every completion."""
+        return groups
+
+    def add_logps(self, dataset: Dataset, logps: np.ndarray, columns: tuple[str, ...]) -> Dataset:
+        """Log-probs (N,) as a list a row."""
+        counts = [len(ids) for ids in dataset["completion_ids"]]
+        return dataset.add_column(columns[0], [part.tolist() for part in np.split(logps, np.cumsum(counts)[:-1])])
+
+    def columns_of(self, inputs: dict[str, Any]) -> Tensor:
+        """The lists, end to end."""
+        return inputs["ref_logps"].float()[inputs["group_mask"]]
+
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> GroupScores:  # type: ignore[override]
         """Policy and reference log-probs (P, K), 0 where a row has fewer completions than the batch's largest."""
         mask = inputs["group_mask"].bool()
-        policy = self.policy_logps(model, text_batch(inputs))
+        policy = self.policy_logps(model, inputs["groups"])
         reference = self.reference_logps(inputs)
         zeros = policy.new_zeros(mask.shape)
         return GroupScores(

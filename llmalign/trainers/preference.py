@@ -18,7 +18,7 @@ from llmalign import losses
 from llmalign.data.label_noise import estimate_flip_rate
 from llmalign.errors import UserError
 from llmalign.scores.sampling import sample_completions
-from llmalign.trainers._trl import PairBase, continue_adapter, load_frozen, text_batch
+from llmalign.trainers._trl import PairBase, continue_adapter, load_frozen
 from llmalign.trainers.configs import INPOConfig, PairConfig, RDPOConfig, RPOConfig
 from llmalign.types import PairScores
 
@@ -69,8 +69,6 @@ class RPOTrainer(PairBase):
 
     def __init__(self, model: Any, ref_model: Any = None, args: RPOConfig | None = None, **kwargs: Any) -> None:
         super().__init__(model, ref_model, args, **kwargs)
-        if self.args.base != "chosen":
-            self.batch_columns = [*self.batch_columns, "base_ids"]
         if self.args.base == "reference":
             self.train_dataset = self._with_base_samples(self.train_dataset, "train")
             if isinstance(self.eval_dataset, dict):
@@ -81,11 +79,9 @@ class RPOTrainer(PairBase):
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores:
         """Pair scores, with the policy's log-prob of the base response where that is not the chosen one."""
         scores = super().scores(model, inputs)
-        if self.args.base == "chosen":
-            return scores
-        if "base_input_ids" not in inputs:
+        if self.args.base != "chosen" and scores.base is None:
             raise UserError(f"base: {self.args.base} needs a base response in every row: add a column named base")
-        return replace(scores, base=self.policy_logps(model, text_batch(inputs, "base_")))
+        return scores
 
     def loss_terms(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The preference term and the base term, logged apart."""
@@ -219,19 +215,18 @@ class INPOTrainer(PairBase):
         scores = super().scores(model, inputs)
         if self.last_source == "reference":
             return replace(scores, last_chosen=scores.ref_chosen, last_rejected=scores.ref_rejected)
-        if self.last_source == "columns":
+        if "last_chosen_logps" in inputs:
             last = [inputs["last_chosen_logps"].float(), inputs["last_rejected_logps"].float()]
         else:
             adapter = _LAST if self.last_source == "adapter" else None
             model = self.model if self.last_model is None else self.last_model
-            last = list(self.frozen_logps(model, text_batch(inputs), adapter).chunk(2))
+            last = list(self.frozen_logps(model, inputs["groups"].first(2), adapter).reshape(-1, 2).unbind(dim=1))
         return replace(scores, last_chosen=last[0], last_rejected=last[1])
 
-    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """The reference has no adapter, where TRL would take its `ref` adapter: that is the previous iterate here."""
-        if self.ref_model is None and isinstance(self.model, PeftModel):
-            return self.frozen_logps(self.model, text_batch(inputs), None).chunk(2)
-        return super().compute_ref_log_probs(model, inputs)
+    @property
+    def reference_adapter(self) -> None:
+        """None: the adapter that TRL would take for the reference is the previous iterate here."""
+        return None
 
     def start_gap(self, scores: PairScores) -> Tensor:
         """INPO starts from the previous iterate, not from the reference."""

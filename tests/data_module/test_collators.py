@@ -1,4 +1,4 @@
-"""Batches: equal to TRL's on the same pairs, and worked out by hand."""
+"""Batches: the sequences of TRL's on the same pairs, and worked out by hand."""
 
 import random
 
@@ -30,17 +30,21 @@ def random_pairs(count: int, seed: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("max_length", [None, 10, 14, 64])
-@pytest.mark.parametrize("multiple", [None, 8])
 @pytest.mark.parametrize("count", [1, 7])
-def test_pairs_equal_trl_s(max_length, multiple, count):
+def test_pairs_are_the_sequences_of_trl_s(max_length, count):
     examples = random_pairs(count, seed=count)
-    ours = PairCollator(pad_token_id=3, max_length=max_length, pad_to_multiple_of=multiple)(examples)
-    theirs = DataCollatorForPreference(pad_token_id=3, max_length=max_length, pad_to_multiple_of=multiple)(examples)
-    assert next(iter(ours)) == "row_id" and set(ours) == {"row_id", *theirs}
-    for key, expected in theirs.items():
-        assert ours[key].dtype == expected.dtype
-        torch.testing.assert_close(ours[key], expected, rtol=0, atol=0)
-    assert ours["row_id"].tolist() == [example["row_id"] for example in examples]
+    ours = PairCollator(max_length=max_length)(examples)
+    theirs = DataCollatorForPreference(pad_token_id=3, max_length=max_length)(examples)
+    assert next(iter(ours)) == "row_id" and ours["row_id"].tolist() == [example["row_id"] for example in examples]
+    for side in (0, 1):  # TRL lays all chosen out first, then all rejected
+        for row in range(count):
+            ids, shown, scored = (
+                theirs[key][side * count + row] for key in ("input_ids", "attention_mask", "completion_mask")
+            )
+            prompt, completion = ours["groups"].prompts[row], ours["groups"].completions[row][side]
+            assert prompt + completion == ids[shown.bool()].tolist() and completion == ids[scored.bool()].tolist()
+    for key in ("ref_chosen_logps", "ref_rejected_logps"):
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
 
 
 def test_pairs_by_hand_with_every_extra():
@@ -50,55 +54,43 @@ def test_pairs_by_hand_with_every_extra():
         {"row_id": 2, "prompt_ids": [7], "chosen_ids": [8, 8, 8, 9], "rejected_ids": [4, 9], "base_ids": [9],
          "flipped": False, "last_chosen_logps": -3.0, "last_rejected_logps": -4.0},
     ]  # fmt: skip
-    batch = PairCollator(pad_token_id=0, max_length=4)(examples)
+    batch = PairCollator(max_length=4)(examples)
     assert batch["row_id"].tolist() == [4, 2]
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 9], [7, 8, 8, 8], [1, 2, 9, 0], [7, 4, 9, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]]
-    assert batch["completion_mask"].tolist() == [[0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 1, 0], [0, 1, 1, 0]]
-    assert batch["base_input_ids"].tolist() == [[1, 2, 5, 6], [7, 9, 0, 0]]
-    assert batch["base_attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch["base_completion_mask"].tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
+    assert batch["groups"].prompts == [[1, 2], [7]]
+    assert batch["groups"].completions == [[[3, 9], [9], [5, 6]], [[8, 8, 8], [4, 9], [9]]]
+    assert batch["groups"].unique_tokens() == [7, 7] and batch["groups"].lengths() == [2, 1, 2, 3, 2, 1]
+    assert batch["groups"].first(2).take([1]).sequences() == [([7], [8, 8, 8]), ([7], [4, 9])]
     assert batch["flipped"].tolist() == [True, False] and batch["flipped"].dtype == torch.bool
     assert batch["last_chosen_logps"].tolist() == [-1.5, -3.0] and batch["last_rejected_logps"].tolist() == [-2.0, -4.0]
 
 
-def test_the_end_token_counts_even_where_it_pads():
-    batch = PairCollator(pad_token_id=9)([{"row_id": 0, "prompt_ids": [1], "chosen_ids": [2, 9], "rejected_ids": [9]}])
-    assert batch["completion_mask"].tolist() == [[0, 1, 1], [0, 1, 0]]
-
-
 def test_groups_by_hand():
     examples = [
-        {"row_id": 7, "prompt_ids": [1], "completion_ids": [[2, 9], [3, 4, 9]], "rewards": [0.5, -1.0]},
-        {"row_id": 8, "prompt_ids": [5, 6], "completion_ids": [[9], [2, 9], [7, 7, 9]], "rewards": [1.0, 2.0, 3.0]},
-    ]
-    batch = GroupCollator(pad_token_id=0, max_length=4)(examples)
+        {"row_id": 7, "prompt_ids": [1], "completion_ids": [[2, 9], [3, 4, 9]], "rewards": [0.5, -1.0],
+         "ref_logps": [-1.0, -2.0]},
+        {"row_id": 8, "prompt_ids": [5, 6], "completion_ids": [[9], [2, 9], [7, 7, 9]], "rewards": [1.0, 2.0, 3.0],
+         "ref_logps": [-3.0, -4.0, -5.0]},
+    ]  # fmt: skip
+    batch = GroupCollator(max_length=4)(examples)
     assert list(batch)[0] == "row_id" and batch["row_id"].tolist() == [7, 8]
-    assert batch["input_ids"].tolist() == [[1, 2, 9, 0], [1, 3, 4, 9], [5, 6, 9, 0], [5, 6, 2, 9], [5, 6, 7, 7]]
-    assert batch["completion_mask"].tolist() == [[0, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    assert batch["groups"].completions == [[[2, 9], [3, 4, 9]], [[9], [2, 9], [7, 7]]]
     assert batch["rewards"].tolist() == [[0.5, -1.0, 0.0], [1.0, 2.0, 3.0]]
     assert batch["group_mask"].tolist() == [[True, True, False], [True, True, True]]
+    assert batch["ref_logps"].tolist() == [[-1.0, -2.0, 0.0], [-3.0, -4.0, -5.0]]
     scores = torch.full(batch["group_mask"].shape, -1.0)
     scores[batch["group_mask"]] = torch.arange(5.0)  # the order of the sequences is the mask's own
     assert scores.tolist() == [[0.0, 1.0, -1.0], [2.0, 3.0, 4.0]]
 
 
-def test_a_group_of_two_is_a_pair():
-    (pair,) = random_pairs(1, seed=3)
-    group = {"row_id": 100, "prompt_ids": pair["prompt_ids"], "rewards": [1.0, 0.0],
-             "completion_ids": [pair["chosen_ids"], pair["rejected_ids"]]}  # fmt: skip
-    one, other = PairCollator(pad_token_id=0)([pair]), GroupCollator(pad_token_id=0)([group])
-    for key in ("input_ids", "attention_mask", "completion_mask"):
-        assert torch.equal(one[key], other[key])
-
-
 def test_a_prompt_that_fills_max_length_names_its_row():
     row = {"row_id": 31, "prompt_ids": [1, 2, 3], "chosen_ids": [4], "rejected_ids": [5]}
     with pytest.raises(UserError, match="Row 31: the prompt alone has 3 tokens and fills max_length 3"):
-        PairCollator(pad_token_id=0, max_length=3)([row])
+        PairCollator(max_length=3)([row])
+    with pytest.raises(UserError, match="Row 31 has an empty prompt"):
+        PairCollator()([row | {"prompt_ids": []}])
     with pytest.raises(UserError, match="Row 5 has 1 completions and 2 rewards"):
         row = {"row_id": 5, "prompt_ids": [1], "completion_ids": [[2]], "rewards": [1.0, 2.0]}
-        GroupCollator(pad_token_id=0)([row])
+        GroupCollator()([row])
 
 
 def test_prompts_are_padded_on_the_left_and_keep_their_end():

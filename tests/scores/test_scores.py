@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llmalign.scores import completion_logps, sample_completions, sequence_logps
+from llmalign.scores import sample_completions, sequence_logps
+from llmalign.scores.text import completion_logps
 from tests.trainers import tiny
 
 
@@ -34,9 +35,10 @@ def test_an_empty_prompt_is_refused():
 
 def test_sums_run_in_float32():
     # 500 tokens of -0.01 in bfloat16 lose most of their sum when added one after the other in bfloat16.
-    values = torch.full((1, 500), -0.01, dtype=torch.bfloat16)
-    assert completion_logps(values).item() == pytest.approx(500 * values[0, 0].item(), rel=1e-6)
-    assert completion_logps(values).dtype == torch.float32
+    values = torch.full((502,), -0.01, dtype=torch.bfloat16)
+    sums = completion_logps(values, [500, 0, 2])
+    assert sums.tolist() == pytest.approx([500 * values[0].item(), 0.0, 2 * values[0].item()], rel=1e-6)
+    assert sums.dtype == torch.float32
 
 
 def test_sampling_is_reproducible_and_leaves_the_caller_s_state():

@@ -11,6 +11,7 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM
 COMMON = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-3, "max_steps": 2, "save_strategy": "no",
     "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "max_length": 96, "alarm_prompts": 0,
+    "precompute_ref_log_probs": False,
 }  # fmt: skip
 
 

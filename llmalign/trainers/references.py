@@ -1,0 +1,208 @@
+"""Where the reference's log-probs come from: scored during training, or looked up in the cache on disk."""
+
+import json
+import logging
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from llmalign.data.reference_cache import (
+    ReferenceCache,
+    ScoreKey,
+    default_root,
+    look_up_rows,
+    score_ahead,
+    weights_digest,
+)
+from llmalign.errors import UserError
+from llmalign.scores.scoring import Scorer
+from llmalign.types import PromptGroups
+
+logger = logging.getLogger(__name__)
+
+CHOICE_FILE = "references.json"
+AHEAD_TOKENS = 16_384  # tokens scored at a time while the cache is filled
+CHECKED_ROWS = 4
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
+class RememberChoice(TrainerCallback):
+    """Keeps what was chosen in the output folder: a resumed run must not choose anew with a fuller cache."""
+
+    def __init__(self, choice: dict[str, bool]) -> None:
+        self.choice = choice
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the choice once training starts."""
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            (Path(args.output_dir) / CHOICE_FILE).write_text(json.dumps(self.choice))
+
+
+class References:
+    """Gives the rows of a data set their reference log-probs where looking them up costs less than scoring them.
+
+    `args.precompute_ref_log_probs`: True, always ahead of training through the cache; False, always during training;
+    None, by cost, set by set. Mixed into a Trainer that has `frozen_logps` and `reference_adapter`.
+    """
+
+    args: Any
+    accelerator: Any
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+    ref_model: Any
+    scorer: Scorer
+    #: columns of a row's reference log-probs, completion by completion
+    reference_columns: tuple[str, ...] = ("ref_chosen_logps", "ref_rejected_logps")
+    _ready = False
+    _digests: dict[tuple[int, str | None], str]
+
+    def add_references(self, wanted: bool | None) -> None:
+        """Choose for the training set and every evaluation set, once the models are there and nothing is wrapped."""
+        self._ready = True
+        self._digests = {}
+        sets = {"train": self.train_dataset, **self._evaluation_sets()}
+        choice = {name: self._ahead(name, rows, wanted) for name, rows in sets.items()}
+        if wanted is None:
+            choice |= self._remembered()
+            self.add_callback(RememberChoice(choice))  # type: ignore[attr-defined]
+        sets = {name: self.with_references(rows, name) if choice[name] else rows for name, rows in sets.items()}
+        self.train_dataset = sets.pop("train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = sets
+        elif sets:
+            self.eval_dataset = sets["eval"]
+        self.args.precompute_ref_log_probs = choice["train"]  # sets given to `evaluate` later follow the training set
+        if all(choice.values()):
+            self.ref_model = None
+        elif self.ref_model is None and not isinstance(self.model, PeftModel):
+            self.ref_model = self.load_start()  # type: ignore[attr-defined]
+
+    def reference_logps(self, inputs: dict[str, Any]) -> Tensor:
+        """Reference log-probs (N,) of a batch: its columns, else the frozen model or the adapter switched off."""
+        if self.reference_columns[0] in inputs:
+            return self.columns_of(inputs)
+        model = self.ref_model if self.ref_model is not None else self.model
+        return self.frozen_logps(model, self.referred(inputs["groups"]), self.reference_adapter)  # type: ignore[attr-defined]
+
+    def referred(self, groups: PromptGroups) -> PromptGroups:
+        """The completions that the reference scores: of a pair the two, and not RPO's base response."""
+        return groups.first(2)
+
+    def with_references(self, dataset: Any, name: str) -> Any:
+        """The data set with its reference log-probs as columns, looked up or scored now."""
+        if self.reference_columns[0] in next(iter(dataset)):
+            return dataset
+        model = self.ref_model if self.ref_model is not None else self.model
+        return self.with_logps(dataset, name, model, self.reference_adapter, self.reference_columns)  # type: ignore[attr-defined]
+
+    def with_logps(
+        self, dataset: Any, name: str, model: nn.Module, adapter: str | None, columns: tuple[str, ...]
+    ) -> Dataset:
+        """The data set with log-probs under a frozen model as columns, from the cache, which is filled first.
+
+        Raises UserError for a stream, whose rows cannot be scored ahead.
+        """
+        if not isinstance(dataset, Dataset):
+            raise UserError("log-probs cannot be computed ahead of a stream; set precompute_ref_log_probs: false")
+        cache = self._cache(model, adapter, dataset)
+        report = score_ahead(
+            cache,
+            _token_ids(dataset),
+            self._groups_of,
+            lambda groups: self.frozen_logps(model, groups, adapter),  # type: ignore[attr-defined]
+            tokens_per_batch=self.args.tokens_per_batch or AHEAD_TOKENS,
+            description=f"Scoring {name} under the frozen model",
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            barrier=self.accelerator.wait_for_everyone,
+            agree=lambda jobs: broadcast_object_list([jobs])[0],
+            even=self.accelerator.distributed_type in SHARDED,
+            disable=self.args.disable_tqdm,
+        )
+        logger.info(
+            "%s: %d log-probs found in the cache, %d computed (%.1f s).",
+            name, report.found, report.computed, report.seconds,
+        )  # fmt: skip
+        return self.add_logps(dataset, look_up_rows(cache, _token_ids(dataset), self._groups_of), columns)
+
+    def add_logps(self, dataset: Dataset, logps: np.ndarray, columns: tuple[str, ...]) -> Dataset:
+        """Log-probs (N,) of a data set's completions as columns of its rows."""
+        for column, values in zip(columns, logps.reshape(len(dataset), -1).T, strict=True):
+            dataset = dataset.add_column(column, values)
+        return dataset
+
+    def columns_of(self, inputs: dict[str, Any]) -> Tensor:
+        """Reference log-probs (N,) from the columns of a batch."""
+        return torch.stack([inputs[column].float() for column in self.reference_columns], dim=1).flatten()
+
+    def _evaluation_sets(self) -> dict[str, Any]:
+        if isinstance(self.eval_dataset, dict):
+            return dict(self.eval_dataset)
+        return {} if self.eval_dataset is None else {"eval": self.eval_dataset}
+
+    def _ahead(self, name: str, dataset: Any, wanted: bool | None) -> bool:
+        """Whether a set's log-probs are looked up; said where it was left open."""
+        if self.reference_columns[0] in next(iter(dataset)):
+            return True
+        if wanted is not None or self.accelerator.distributed_type in SHARDED or not isinstance(dataset, Dataset):
+            return bool(wanted)
+        rows, visits = len(dataset), self._visits(len(dataset)) if name == "train" else 2 * len(dataset)
+        cache = self._cache(self.ref_model or self.model, self.reference_adapter, dataset)  # type: ignore[attr-defined]
+        logps = look_up_rows(cache, _token_ids(dataset), self._groups_of)
+        missing = round(float(np.isnan(logps).mean()) * rows)
+        # At equal cost a second model is worth avoiding; an adapter that is switched off takes no memory.
+        ahead = missing <= visits if not isinstance(self.model, PeftModel) else missing < visits
+        logger.info(
+            "References of %s: %s (%d rows, %d of them to be scored for the cache, %d visits on the fly).",
+            name, "looked up" if ahead else "scored on the fly", rows, missing, visits,
+        )  # fmt: skip
+        return ahead
+
+    def _visits(self, rows: int) -> int:
+        """Rows that training scores in all."""
+        args = self.args
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return args.max_steps * step if args.max_steps > 0 else int(args.num_train_epochs * rows)
+
+    def _remembered(self) -> dict[str, bool]:
+        """What an interrupted run in this output folder chose."""
+        kept = Path(self.args.output_dir) / CHOICE_FILE
+        interrupted = kept.is_file() and get_last_checkpoint(self.args.output_dir) is not None
+        return json.loads(kept.read_text()) if interrupted else {}
+
+    def _cache(self, model: nn.Module, adapter: str | None, dataset: Dataset) -> ReferenceCache:
+        """The cache of a frozen model's log-probs, as this run would compute them."""
+        if not self._layout_checked:  # type: ignore[attr-defined]
+            self.frozen_logps(model, self._groups_of(list(islice(_token_ids(dataset), CHECKED_ROWS))), adapter)  # type: ignore[attr-defined]
+        unwrapped = self.accelerator.unwrap_model(model)
+        known = (id(unwrapped), adapter)
+        if known not in self._digests:
+            self._digests[known] = weights_digest(unwrapped, adapter=adapter)
+        key = ScoreKey(
+            weights=self._digests[known],
+            dtype=str(unwrapped.dtype),
+            autocast=self.accelerator.mixed_precision,
+            scoring=self.scorer.kind,
+            max_length=self.args.max_length,
+        )
+        root = self.args.reference_cache_dir
+        return ReferenceCache(Path(root).expanduser() if root else default_root(), key)
+
+    def _groups_of(self, rows: list[dict[str, Any]]) -> PromptGroups:
+        return self.referred(self.data_collator.groups(rows))  # type: ignore[attr-defined]
+
+
+def _token_ids(dataset: Dataset) -> Dataset:
+    """A data set's rows without what no score depends on."""
+    return dataset.select_columns([name for name in dataset.column_names if name == "row_id" or name.endswith("_ids")])
