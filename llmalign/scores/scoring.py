@@ -140,7 +140,7 @@ class Scorer:
         padded = self.logps(model, groups, device=device, kind=PADDED)
         gap = (self.logps(model, groups, device=device) - padded).abs().max()
         if not exact:
-            limit = 2 * self.split_gap(model, groups, device=device)
+            limit = max(limit, 2 * self.split_gap(model, groups, device=device))
         return Gaps(float(gap), limit)
 
     @torch.no_grad()
