@@ -161,6 +161,7 @@ class PairBase(SafeCheckpointMixin, TextScores, References, MicroBatchMixin, Pai
     train_dataset: Any
     eval_dataset: Any
     _signature_columns: Any
+    _precompute_engine: Any
     #: what makes a batch of this trainer's rows
     collator: type = PairCollator
     #: columns beyond TRL's that reach the collator
@@ -265,6 +266,14 @@ class PairBase(SafeCheckpointMixin, TextScores, References, MicroBatchMixin, Pai
                 source = self.model.get_parameter(parameter_name.replace(f".{name}.", ".default."))
                 parameter.data.copy_(source.data)
                 parameter.requires_grad_(False)
+
+    def start_for_scoring(self) -> nn.Module:
+        """The model that training starts from, able to score before it is wrapped; sharded, it needs an engine."""
+        if not self.is_deepspeed_enabled:
+            return self.model
+        if self._precompute_engine is None:
+            self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
+        return self._precompute_engine
 
     def load_start(self) -> nn.Module:
         """A frozen copy of the model that training starts from, loaded as the policy was."""

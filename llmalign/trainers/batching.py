@@ -35,18 +35,13 @@ class RowSizes:
 
     @classmethod
     def of(
-        cls,
-        kind: str,
-        prompts: np.ndarray,
-        completions: np.ndarray,
-        counts: np.ndarray,
-        window: int | None = None,
-        multiple_of: int | None = None,
+        cls, kind: str, lengths: Sequence[np.ndarray], window: int | None = None, multiple_of: int | None = None
     ) -> "RowSizes":
-        """From the lengths of N prompts and of all completions, prompt by prompt, `counts` (N,) of them each.
+        """From the lengths of N prompts, of all completions, prompt by prompt, and how many each prompt has (N,).
 
-        All rows count as padded, at least what they are, where one exceeds the model's sliding `window`.
+        All rows count as padded, which is never less, where one exceeds the model's sliding `window`.
         """
+        prompts, completions, counts = lengths
         owner = np.repeat(np.arange(len(prompts)), counts)
         whole = prompts[owner] + completions
         quadratic = BatchRebalanceSampler.QUADRATIC_COST_COEF
@@ -73,7 +68,7 @@ class RowSizes:
     def of_groups(cls, groups: PromptGroups, kind: str, **options: Any) -> "RowSizes":
         """Of the rows of a batch."""
         lengths = ([len(prompt) for prompt in groups.prompts], groups.lengths(), groups.counts())
-        return cls.of(kind, *(np.array(values, dtype=np.int64) for values in lengths), **options)
+        return cls.of(kind, [np.array(values, dtype=np.int64) for values in lengths], **options)
 
     @classmethod
     def of_dataset(cls, dataset: Dataset, kind: str, max_length: int | None, **options: Any) -> "RowSizes":
@@ -92,7 +87,7 @@ class RowSizes:
             if max_length is not None:
                 completions = np.minimum(completions, np.repeat(np.maximum(max_length - prompts, 0), counts))
             found.append((prompts, completions, counts))
-        return cls.of(kind, *(np.concatenate(values) for values in zip(*found, strict=True)), **options)
+        return cls.of(kind, [np.concatenate(values) for values in zip(*found, strict=True)], **options)
 
 
 def _lengths(column: Any) -> np.ndarray:
@@ -309,7 +304,9 @@ class MicroBatchMixin:
             if batches:  # one: gradient_accumulation_steps is 1
                 tokens, sequences = self._sizes(batches[0]).lists()
                 own = [needed_parts(tokens, self.args.tokens_per_batch, sequences, batches[0]["row_id"]), len(tokens)]
-            ranks = self.accelerator.gather(torch.tensor([own], device=self.accelerator.device))
+            ranks = torch.tensor([own])
+            if self.accelerator.num_processes > 1:
+                ranks = self.accelerator.gather(ranks.to(self.accelerator.device))
             self._parts, fewest = int(ranks[:, 0].max()), int(ranks[:, 1].min())
             if self._parts > fewest:
                 raise UserError(

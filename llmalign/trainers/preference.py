@@ -25,6 +25,7 @@ from llmalign.types import PairScores
 logger = logging.getLogger(__name__)
 
 _LAST = "ref"  # the name under which TRL keeps a frozen copy of an adapter that goes on being trained
+_LAST_COLUMNS = ("last_chosen_logps", "last_rejected_logps")
 _LAST_SOURCES = {
     "columns": "the columns last_chosen_logps and last_rejected_logps",
     "model": "last_model_name_or_path",
@@ -70,11 +71,7 @@ class RPOTrainer(PairBase):
     def __init__(self, model: Any, ref_model: Any = None, args: RPOConfig | None = None, **kwargs: Any) -> None:
         super().__init__(model, ref_model, args, **kwargs)
         if self.args.base == "reference":
-            self.train_dataset = self._with_base_samples(self.train_dataset, "train")
-            if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {k: self._with_base_samples(v, k) for k, v in self.eval_dataset.items()}
-            elif self.eval_dataset is not None:
-                self.eval_dataset = self._with_base_samples(self.eval_dataset, "eval")
+            self.map_sets(self._with_base_samples)
 
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores:
         """Pair scores, with the policy's log-prob of the base response where that is not the chosen one."""
@@ -192,9 +189,20 @@ class INPOTrainer(PairBase):
             elsewhere = self.last_source in ("columns", "model")
             self.start_may_differ = f"the previous iterate comes from its {self.last_source}" if elsewhere else None
         logger.info("INPO: the previous iterate is taken from %s.", _LAST_SOURCES[self.last_source])
+        if self.args.precompute_ref_log_probs and self.last_source in ("model", "adapter", "start"):
+            self.map_sets(self._with_last)
+            self.last_model = None
+
+    def _with_last(self, dataset: Any, name: str) -> Any:
+        model = self.model if self.last_model is None else self.last_model
+        return self.with_logps(dataset, name, model, self._last_adapter, _LAST_COLUMNS)
+
+    @property
+    def _last_adapter(self) -> str | None:
+        return _LAST if self.last_source == "adapter" else None
 
     def _find_last(self, goes_on: bool) -> str:
-        if {"last_chosen_logps", "last_rejected_logps"} <= set(next(iter(self.train_dataset))):
+        if set(_LAST_COLUMNS) <= set(next(iter(self.train_dataset))):
             return "columns"
         if self.args.last_model_name_or_path is not None:
             self.last_model = self.freeze(load_frozen(self.args.last_model_name_or_path, self.args))
@@ -218,9 +226,9 @@ class INPOTrainer(PairBase):
         if "last_chosen_logps" in inputs:
             last = [inputs["last_chosen_logps"].float(), inputs["last_rejected_logps"].float()]
         else:
-            adapter = _LAST if self.last_source == "adapter" else None
             model = self.model if self.last_model is None else self.last_model
-            last = list(self.frozen_logps(model, inputs["groups"].first(2), adapter).reshape(-1, 2).unbind(dim=1))
+            logps = self.frozen_logps(model, self.referred(inputs["groups"]), self._last_adapter)
+            last = list(logps.reshape(-1, 2).unbind(dim=1))
         return replace(scores, last_chosen=last[0], last_rejected=last[1])
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -71,19 +72,20 @@ class References:
         """Choose for the training set and every evaluation set, once the models are there and nothing is wrapped."""
         self._ready = True
         self._digests = {}
-        sets = {"train": self.train_dataset, **self._evaluation_sets()}
-        choice = {name: self._ahead(name, rows, wanted) for name, rows in sets.items()}
+        choice: dict[str, bool] = {}
+
+        def choose(rows: Any, name: str) -> Any:
+            choice[name] = self._ahead(name, rows, wanted)
+            return rows
+
+        self.map_sets(choose)
         if wanted is None:
             choice |= self._remembered()
             self.add_callback(RememberChoice(choice))  # type: ignore[attr-defined]
-        sets = {name: self.with_references(rows, name) if choice[name] else rows for name, rows in sets.items()}
-        self.train_dataset = sets.pop("train")
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = sets
-        elif sets:
-            self.eval_dataset = sets["eval"]
+        self.map_sets(lambda rows, name: self.with_references(rows, name) if choice[name] else rows)
         self.args.precompute_ref_log_probs = choice["train"]  # sets given to `evaluate` later follow the training set
-        if all(choice.values()):
+        streams = isinstance(self.train_dataset, IterableDataset)  # may hold rows that the cache does not
+        if all(choice.values()) and not streams:
             self.ref_model = None
         elif self.ref_model is None and not isinstance(self.model, PeftModel):
             self.ref_model = self.load_start()  # type: ignore[attr-defined]
@@ -91,7 +93,9 @@ class References:
     def reference_logps(self, inputs: dict[str, Any]) -> Tensor:
         """Reference log-probs (N,) of a batch: its columns, else the frozen model or the adapter switched off."""
         if self.reference_columns[0] in inputs:
-            return self.columns_of(inputs)
+            known = self.columns_of(inputs)
+            if not isinstance(self.train_dataset, IterableDataset) or known.isfinite().all():
+                return known
         model = self.ref_model if self.ref_model is not None else self.model
         return self.frozen_logps(model, self.referred(inputs["groups"]), self.reference_adapter)  # type: ignore[attr-defined]
 
@@ -103,7 +107,9 @@ class References:
         """The data set with its reference log-probs as columns, looked up or scored now."""
         if self.reference_columns[0] in next(iter(dataset)):
             return dataset
-        model = self.ref_model if self.ref_model is not None else self.model
+        if isinstance(dataset, IterableDataset):
+            return self._looked_up(dataset, name)
+        model = self.ref_model if self.ref_model is not None else self.start_for_scoring()  # type: ignore[attr-defined]
         return self.with_logps(dataset, name, model, self.reference_adapter, self.reference_columns)  # type: ignore[attr-defined]
 
     def with_logps(
@@ -114,7 +120,10 @@ class References:
         Raises UserError for a stream, whose rows cannot be scored ahead.
         """
         if not isinstance(dataset, Dataset):
-            raise UserError("log-probs cannot be computed ahead of a stream; set precompute_ref_log_probs: false")
+            raise UserError(
+                "the previous iterate's log-probs cannot be computed ahead of a stream; set precompute_ref_log_probs: "
+                "false"
+            )
         cache = self._cache(model, adapter, dataset)
         report = score_ahead(
             cache,
@@ -146,16 +155,33 @@ class References:
         """Reference log-probs (N,) from the columns of a batch."""
         return torch.stack([inputs[column].float() for column in self.reference_columns], dim=1).flatten()
 
-    def _evaluation_sets(self) -> dict[str, Any]:
+    def _looked_up(self, stream: IterableDataset, name: str) -> IterableDataset:
+        """A stream whose rows look their log-probs up as they come; a batch that lacks one is scored on the fly."""
+        cache = self._cache(self.ref_model or self.model, self.reference_adapter, stream)  # type: ignore[attr-defined]
+
+        def look_up(row: dict[str, Any]) -> dict[str, Any]:
+            logps = cache.lookup(self._groups_of([row])).tolist()
+            return dict(zip(self.reference_columns, logps if len(self.reference_columns) > 1 else [logps], strict=True))
+
+        logger.info("%s: a stream; its references are looked up in the cache, and what is not there is scored.", name)
+        return stream.map(look_up)
+
+    def map_sets(self, function: Callable[[Any, str], Any]) -> None:
+        """Replace the training set and every evaluation set by `function` of it and its name."""
+        self.train_dataset = function(self.train_dataset, "train")
         if isinstance(self.eval_dataset, dict):
-            return dict(self.eval_dataset)
-        return {} if self.eval_dataset is None else {"eval": self.eval_dataset}
+            self.eval_dataset = {name: function(rows, name) for name, rows in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = function(self.eval_dataset, "eval")
 
     def _ahead(self, name: str, dataset: Any, wanted: bool | None) -> bool:
         """Whether a set's log-probs are looked up; said where it was left open."""
         if self.reference_columns[0] in next(iter(dataset)):
             return True
-        if wanted is not None or self.accelerator.distributed_type in SHARDED or not isinstance(dataset, Dataset):
+        sharded = self.accelerator.distributed_type in SHARDED
+        if isinstance(dataset, IterableDataset):
+            return wanted is not False and not sharded  # ranks could not agree on what is missing from a batch
+        if wanted is not None or sharded:
             return bool(wanted)
         rows, visits = len(dataset), self._visits(len(dataset)) if name == "train" else 2 * len(dataset)
         cache = self._cache(self.ref_model or self.model, self.reference_adapter, dataset)  # type: ignore[attr-defined]
@@ -181,7 +207,7 @@ class References:
         interrupted = kept.is_file() and get_last_checkpoint(self.args.output_dir) is not None
         return json.loads(kept.read_text()) if interrupted else {}
 
-    def _cache(self, model: nn.Module, adapter: str | None, dataset: Dataset) -> ReferenceCache:
+    def _cache(self, model: nn.Module, adapter: str | None, dataset: Any) -> ReferenceCache:
         """The cache of a frozen model's log-probs, as this run would compute them."""
         if not self._layout_checked:  # type: ignore[attr-defined]
             self.frozen_logps(model, self._groups_of(list(islice(_token_ids(dataset), CHECKED_ROWS))), adapter)  # type: ignore[attr-defined]
@@ -203,6 +229,7 @@ class References:
         return self.referred(self.data_collator.groups(rows))  # type: ignore[attr-defined]
 
 
-def _token_ids(dataset: Dataset) -> Dataset:
+def _token_ids(dataset: Any) -> Any:
     """A data set's rows without what no score depends on."""
-    return dataset.select_columns([name for name in dataset.column_names if name == "row_id" or name.endswith("_ids")])
+    names = list(next(iter(dataset)))
+    return dataset.select_columns([name for name in names if name == "row_id" or name.endswith("_ids")])

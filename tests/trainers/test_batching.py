@@ -1,6 +1,12 @@
 """The rows of a step never depend on who scores them; no part exceeds its budget; parts add up to the large batch."""
 
 import itertools
+import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +16,10 @@ from accelerate import Accelerator, skip_first_batches
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from llmalign import CoPGConfig, CoPGTrainer, RPOConfig, RPOTrainer
 from llmalign.errors import UserError
 from llmalign.trainers.batching import (
+    MicroBatchMixin,
     RowSizes,
     StepSampler,
     balanced_groups,
@@ -21,7 +29,10 @@ from llmalign.trainers.batching import (
     split_rows,
     take_rows,
 )
+from llmalign.trainers.pair import PairTrainerMixin
 from llmalign.types import PromptGroups
+from tests.trainers import tiny
+from tests.trainers.building import LORA, build
 
 KINDS = ("shared_prompt", "padding_free", "padded")
 
@@ -30,7 +41,7 @@ def sizes(rows: int, kind: str = "shared_prompt", seed: int = 0) -> RowSizes:
     """Pairs with prompt, chosen and rejected drawn lognormal, of 200 tokens each on average."""
     rng = np.random.default_rng(seed)
     lengths = np.exp(rng.normal(np.log(200) - 0.245, 0.7, size=(rows, 3))).astype(np.int64) + 1
-    return RowSizes.of(kind, lengths[:, 0], lengths[:, 1:].reshape(-1), np.full(rows, 2))
+    return RowSizes.of(kind, [lengths[:, 0], lengths[:, 1:].reshape(-1), np.full(rows, 2)])
 
 
 def sampler(of: RowSizes, rank: int = 0, world: int = 1, effective: int = 16, **options) -> StepSampler:
@@ -295,3 +306,194 @@ def test_a_skipped_loader_goes_on_where_the_whole_one_was(options: dict) -> None
 
     assert len(epoch(1)) == len(sampler(sizes(100), **options))
     assert epoch(1, skip=3) == epoch(1)[3:] != epoch(0)[3:]
+
+
+# --- trainers ------------------------------------------------------------------------------------------------------
+
+ROWS = 22  # two steps of 8 and a tail of 6
+TRAINED = {
+    "pairs": (RPOTrainer, RPOConfig, lambda: tiny.pairs(ROWS, base=lambda i: "b" * (i % 7 + 1)), {"beta": 0.1}),
+    "groups": (CoPGTrainer, CoPGConfig, lambda: tiny.groups(ROWS), {"beta": 0.1}),
+}
+
+
+def trained(method: str, folder: Path, resume: str | None = None, peft=None, **options):
+    """A trainer after two epochs, and for each step what its parts held: row ids and tokens in the layout used."""
+    trainer, config, rows, own = TRAINED[method]
+    if not (folder / "model").exists():
+        tiny.save(folder / "model")
+    built = build(
+        trainer, config, str(folder / "model"), folder / "out", data=rows(), max_steps=-1, num_train_epochs=2,
+        peft=peft, reference=tiny.model(1), **({"per_device_train_batch_size": 8} | own | options),
+    )  # fmt: skip
+    parts: dict[int, list[tuple[list[int], int]]] = {}
+    scores = built.scores
+
+    def spy(model, inputs):
+        taken = RowSizes.of_groups(inputs["groups"], built.scorer.kind)
+        tokens = group_weight(range(len(taken.tokens)), *taken.lists())
+        parts.setdefault(built.state.global_step, []).append((inputs["row_id"].tolist(), tokens))
+        return scores(model, inputs)
+
+    built.scores = spy
+    built.train(resume_from_checkpoint=resume)
+    return built, parts
+
+
+def measured(built) -> list[tuple[float, float]]:
+    return [(entry["loss"], entry["grad_norm"]) for entry in built.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("method", "scoring"),
+    [
+        ("pairs", "padded"),
+        ("groups", "shared_prompt"),
+        pytest.param("pairs", "shared_prompt", marks=pytest.mark.slow),
+        pytest.param("groups", "padded", marks=pytest.mark.slow),
+    ],
+)
+def test_parts_train_as_the_large_batch_does(method: str, scoring: str, tmp_path: Path) -> None:
+    whole, steps_of_whole = trained(method, tmp_path, scoring=scoring, train_sampling_strategy="batch_rebalance")
+    assert [len(parts) for parts in steps_of_whole.values()] == [1] * 6
+    budget = 200 if scoring == "shared_prompt" or method == "pairs" else 300
+    for options in (
+        {"tokens_per_batch": budget},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
+         "train_sampling_strategy": "batch_rebalance"},
+    ):  # fmt: skip
+        split, parts = trained(method, tmp_path, scoring=scoring, **options)
+        assert min(len(step) for step in parts.values()) >= 2
+        for step, of_whole in steps_of_whole.items():
+            assert sorted(itertools.chain(*(ids for ids, _ in parts[step]))) == sorted(of_whole[0][0])
+            if "tokens_per_batch" in options:
+                assert max(tokens for _, tokens in parts[step]) <= budget
+        np.testing.assert_allclose(measured(split), measured(whole), rtol=1e-5, atol=1e-5)
+        for name, weight in whole.model.state_dict().items():
+            torch.testing.assert_close(split.model.state_dict()[name], weight, rtol=1e-5, atol=1e-5, msg=name)
+    once = [ids for step in range(3) for ids in steps_of_whole[step][0][0]]
+    assert sorted(once) == list(range(ROWS))
+    assert once != [ids for step in range(3, 6) for ids in steps_of_whole[step][0][0]]
+
+
+def test_resumed_within_an_epoch_it_ends_at_the_same_weights(tmp_path: Path) -> None:
+    options = {"tokens_per_batch": 150, "save_strategy": "steps", "save_steps": 2, "peft": LORA}
+    whole, parts = trained("pairs", tmp_path, **options)
+    resumed, rest = trained("pairs", tmp_path, str(tmp_path / "out" / "checkpoint-4"), **options)
+    assert rest == {step: parts[step] for step in (4, 5)}
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_the_graph_of_a_part_is_freed_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[weakref.ref] = []
+    alive: list[int] = []
+    compute_loss = PairTrainerMixin.compute_loss
+
+    def spy(self, model, inputs, **options):
+        alive.append(sum(graph() is not None for graph in graphs))
+        loss = compute_loss(self, model, inputs, **options)
+        graphs.append(weakref.ref(loss))
+        return loss
+
+    monkeypatch.setattr(PairTrainerMixin, "compute_loss", spy)
+    trained("pairs", tmp_path, tokens_per_batch=150)
+    assert len(alive) > 12 and set(alive) == {0}
+
+
+def test_a_stream_is_cut_too(tmp_path: Path) -> None:
+    results = [
+        trained_stream(tmp_path, tokens_per_batch=budget, max_steps=3, per_device_train_batch_size=8)
+        for budget in (None, 150)
+    ]
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)
+
+
+def trained_stream(folder: Path, **options) -> list[tuple[float, float]]:
+    stream = tiny.pairs(ROWS).to_iterable_dataset()
+    built = build(RPOTrainer, RPOConfig, tiny.save(folder / "model"), folder / "out", data=stream, **options)
+    built.train()
+    return measured(built)
+
+
+def test_a_long_row_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Row \d+ alone has \d+ tokens, more than tokens_per_batch 30; raise"):
+        trained("pairs", tmp_path, tokens_per_batch=30)
+    with pytest.raises(UserError, match="gradient_accumulation_steps=2 has no place beside it"):
+        trained("pairs", tmp_path, tokens_per_batch=300, gradient_accumulation_steps=2)
+
+
+def test_streams_are_refused_where_ranks_must_stay_in_step() -> None:
+    class Sharded(MicroBatchMixin):
+        is_deepspeed_enabled, is_fsdp_enabled = True, False
+        args = SimpleNamespace(tokens_per_batch=100)
+        train_dataset = tiny.pairs(2).to_iterable_dataset()
+
+    with pytest.raises(UserError, match="on a stream works on one process or under DDP"):
+        Sharded().get_train_dataloader()
+
+
+def test_ranks_that_cannot_agree_stop_with_a_sentence(tmp_path: Path) -> None:
+    class Batches:
+        def get_batch_samples(self, iterator, number, device):
+            return [next(iterator)], torch.tensor(3)
+
+    class OneOfTwo(MicroBatchMixin, Batches):
+        args = SimpleNamespace(tokens_per_batch=10, pad_to_multiple_of=None)
+        scorer = SimpleNamespace(kind="padded")
+        model = tiny.model()
+        accelerator = SimpleNamespace(
+            device="cpu",
+            num_processes=2,
+            gather=lambda own: torch.cat([own, torch.tensor([[3, 4]])]),  # the other rank needs three
+        )
+
+    batch = {"row_id": torch.arange(2), "groups": PromptGroups([[1]] * 2, [[[1], [1]]] * 2)}
+    with pytest.raises(UserError, match="a process has 2 rows for a step in 3 parts.*set scoring: padded"):
+        OneOfTwo().get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+
+import torch
+from tests.trainers.test_batching import measured, trained
+
+folder, budget = Path(sys.argv[1]), int(sys.argv[2])
+world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+options = {
+    "per_device_train_batch_size": 8 // world, "tokens_per_batch": budget, "save_strategy": "steps", "save_steps": 4,
+    "use_cpu": True,
+}
+whole, parts = trained("pairs", folder, **options)
+assert type(whole.model_wrapped).__name__ == "DistributedDataParallel"
+resumed, rest = trained("pairs", folder, str(folder / "out" / "checkpoint-4"), **options)
+assert rest == {step: parts[step] for step in (4, 5)}, "resumed with other rows"
+weights = whole.model.state_dict()
+assert all(torch.equal(weights[name], weight) for name, weight in resumed.model.state_dict().items())
+(folder / f"{rank}.json").write_text(json.dumps({"measured": measured(whole), "parts": list(parts.values())}))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_cut_and_resume_as_one_does(tmp_path: Path) -> None:
+    one, parts_of_one = trained("pairs", tmp_path, tokens_per_batch=200)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
+         str(tmp_path), "93"],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=root,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    np.testing.assert_allclose(ranks[0]["measured"], measured(one), rtol=1e-5, atol=1e-5)
+    for step, both in enumerate(zip(*(rank["parts"] for rank in ranks), strict=True)):
+        assert len(both[0]) == len(both[1]) >= 2
+        assert max(tokens for parts in both for _, tokens in parts) <= 93
+        ids = sorted(i for parts in both for held, _ in parts for i in held)
+        assert ids == sorted(i for held, _ in parts_of_one[step] for i in held)
