@@ -1,4 +1,4 @@
-"""`llmalign train`, `llmalign doctor`, `llmalign quickstart`: one sentence where something is wrong."""
+"""`llmalign train`, `sweep`, `cache`, `doctor` and `quickstart`: one sentence where something is wrong."""
 
 import argparse
 import logging
@@ -36,6 +36,24 @@ How it is read: --split, --config, --revision, --columns, --where, --max_rows, a
   llmalign doctor pairs.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --max_length 1024 --row 0
   llmalign doctor scored.jsonl --model ./m --kind groups --columns '{completions: out.text, rewards: out.score}'
 """
+SWEEP_HELP = """\
+RECIPE as for train; what is swept comes right after it, as key=value1,value2, any number of keys; then any --key value
+for all runs. Each combination trains in a folder of its own, <output_dir>/<key>=<value>, and all of them share one
+cache of the reference's log-probs, which the first one fills. All recipes are checked before the first run starts. The
+same command goes on where it was stopped. Ends in a table and <output_dir>/sweep.json; exits with 1 when a run failed.
+
+  llmalign sweep trainers/rpo/smoke.yaml beta=.05,.1,.3
+  llmalign sweep trainers/rpo/lora.yaml beta=.05,.1 eta=.005,.05 --dataset_name pairs.jsonl --output_dir runs/grid
+"""
+CACHE_HELP = """\
+Scores DATA under the model once, so that no training run with this model as its reference (or as INPO's previous
+iterate) has to. DATA and how it is read (--split, --columns, --where, --max_rows) as for doctor. What changes a score
+must be as in training: --max_length, --bf16, --dtype, --scoring (open here is what training chooses when it is open
+there; a LoRA recipe in bf16 holds the reference in bfloat16: --dtype bfloat16). Goes on where it was stopped.
+
+  llmalign cache pairs.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --max_length 1024
+  llmalign cache big.jsonl --model ./m --kind groups --streaming
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,15 +65,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"quickstart does not know {' '.join(rest)}")
     _set_up_logging()
     try:
+        status = _run(options, rest)
+    except KeyboardInterrupt:
+        if _is_main_process():
+            again = "--resume auto" if options.command == "train" else "the same command"
+            print(f"llmalign: stopped; go on with {again}.", file=sys.stderr)
+        return 130  # at once: the others may be stopped in the middle of an exchange
+    from llmalign.processes import end_processes
+
+    end_processes(together=status == 0)
+    return status
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    """The command's status; what it raised is forgotten on return, and with it the trainer that its frames held."""
+    try:
         return options.run(options, rest)
     except UserError as error:
         if _is_main_process():
             print(f"llmalign: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except KeyboardInterrupt:
-        if _is_main_process():
-            print("llmalign: stopped; go on with --resume auto.", file=sys.stderr)
-        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,6 +98,24 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", metavar="RECIPE")
     train.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint, or from the newest whole one")
     train.set_defaults(run=_train)
+
+    sweep = commands.add_parser("sweep", help="train a grid of recipes", description=SWEEP_HELP, **layout)
+    sweep.add_argument("recipe", metavar="RECIPE")
+    sweep.add_argument("grid", metavar="KEY=V1,V2", nargs="+", help="what is swept")
+    sweep.set_defaults(run=_sweep)
+
+    cache = commands.add_parser("cache", help="score a data set ahead of training", description=CACHE_HELP, **layout)
+    cache.add_argument("data", metavar="DATA")
+    cache.add_argument("--model", required=True, help="the reference: a folder, a Hub name or embedded:tiny")
+    cache.add_argument("--kind", choices=("pairs", "groups"), default="pairs", help="what a row is (default: pairs)")
+    cache.add_argument("--max_length", type=int, default=1024, metavar="N", help="tokens of prompt and response (1024)")
+    cache.add_argument("--bf16", nargs="?", const="true", metavar="true|false", help="compute in bfloat16")
+    cache.add_argument("--dtype", help="what the weights are held in, such as bfloat16")
+    cache.add_argument("--scoring", help="auto, shared_prompt, padding_free or padded")
+    cache.add_argument("--tokens_per_batch", type=int, metavar="N", help="tokens scored at a time")
+    cache.add_argument("--reference_cache_dir", metavar="DIR", help="where to keep it (~/.cache/llmalign/reference)")
+    cache.add_argument("--streaming", action="store_true", help="read DATA in parts")
+    cache.set_defaults(run=_cache)
 
     doctor = commands.add_parser("doctor", help="look for faults in a data set", description=DOCTOR_HELP, **layout)
     doctor.add_argument("data", metavar="DATA")
@@ -97,6 +144,39 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     result = run(load_recipe(options.recipe, rest), resume=options.resume)
     if _is_main_process():
         _console().print(summary(result))
+    return 0
+
+
+def _sweep(options: argparse.Namespace, rest: list[str]) -> int:
+    from llmalign.sweep import FAILED, sweep, table
+
+    entries = sweep(options.recipe, options.grid, rest)
+    if _is_main_process():
+        _console().print(table(entries))
+    return SOMETHING_WRONG if any(entry.status == FAILED for entry in entries) else 0
+
+
+def _cache(options: argparse.Namespace, rest: list[str]) -> int:
+    from llmalign.fill import fill
+    from llmalign.recipe import doctor_options
+    from llmalign.values import parse_text
+
+    source, limits = doctor_options(options.data, rest)
+    filled = fill(
+        source,
+        limits,
+        model=options.model,
+        kind=options.kind,
+        streaming=options.streaming,
+        dtype=options.dtype,
+        max_length=options.max_length,
+        bf16=None if options.bf16 is None else parse_text("bf16", options.bf16, bool),
+        scoring=options.scoring,
+        tokens_per_batch=options.tokens_per_batch,
+        reference_cache_dir=options.reference_cache_dir,
+    )
+    if _is_main_process():
+        _console().print(str(filled), highlight=False, soft_wrap=True)
     return 0
 
 

@@ -257,7 +257,7 @@ def doctor_options(data: str, arguments: Sequence[str]) -> tuple[DataSource, Lim
     sections = {"source": source_hints, "limits": _limit_hints()}
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for key, text in parse_overrides(arguments).items():
-        section = _section_of(key, sections, "doctor")
+        section = _section_of(key, sections, "the command line")
         values[section][key] = parse_text(key, text, sections[section][key])
     (source,) = parse_sources({"path": data, **values["source"]})
     return source, _limits(values["limits"])

@@ -19,6 +19,7 @@ from llmalign.prepare import Data, end_ids, prepare
 from llmalign.recipe import Recipe, limit_keys
 from llmalign.trainers.checkpoint import HARMLESS_KEYS, RUN_FILE, guard_output_dir, record_run, resolve_resume
 from llmalign.trainers.loading import check_model_options, choose_dtype, load_tokenizer, model_arguments
+from llmalign.trainers.references import References
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def run(recipe: Recipe, resume: str | None = None) -> dict[str, Any]:
     fingerprint[TRAIN_ROWS] = data.train_digest()
     guard_output_dir(config.output_dir, resume, fingerprint, harmless)
     _plan_evaluation(config, data, checkpoint)
-    trainer = _build(recipe, config, replace(options, model_name_or_path=path), tokenizer, data)
+    trainer = build(recipe, config, replace(options, model_name_or_path=path), tokenizer, data)
     _say_what_runs(recipe, trainer)
     record_run(config.output_dir, fingerprint)
     trained = _train(trainer, checkpoint)
@@ -83,6 +84,7 @@ def run(recipe: Recipe, resume: str | None = None) -> dict[str, Any]:
         "train": trained.metrics,
         "before": _measurements(history, step=0),
         "after": _measurements(history, step=trainer.state.global_step),
+        "references": _references(trainer),
         "data": {name: report.as_dict() for name, report in data.reports.items()},
     }
     if trainer.is_world_process_zero():
@@ -160,7 +162,7 @@ def _plan_evaluation(config: Any, data: Data, checkpoint: str | None) -> None:
     config.eval_strategy = type(config.eval_strategy)("no")
 
 
-def _build(recipe: Recipe, config: Any, options: Any, tokenizer: Any, data: Data) -> Any:
+def build(recipe: Recipe, config: Any, options: Any, tokenizer: Any, data: Data) -> Any:
     """The trainer with its model loaded; what its parts refuse is said in their own words."""
     model, keywords, init = model_arguments(
         options, trust_remote_code=config.trust_remote_code, scorer=recipe.method.name == "reward"
@@ -181,6 +183,12 @@ def _build(recipe: Recipe, config: Any, options: Any, tokenizer: Any, data: Data
     except (ValueError, ImportError, OSError) as error:
         logger.debug("The trainer could not be built.", exc_info=True)
         raise UserError(f"{recipe.path}: {error}") from error
+
+
+def _references(trainer: Any) -> dict[str, Any]:
+    """Reference log-probs found in the cache and computed, by data set; empty where none was looked up."""
+    reports = trainer.reference_reports if isinstance(trainer, References) else {}
+    return {name: asdict(report) for name, report in reports.items()}
 
 
 def _say_what_runs(recipe: Recipe, trainer: Any) -> None:
@@ -211,7 +219,9 @@ def _draw(history: list[dict[str, Any]], evaluation: Any, path: Path, title: str
     }
     logged = {key.removeprefix("eval_") for run in runs.values() for entry in run for key in entry}
     panels = (*PANELS, *(Panel(*panel) for panel in MORE_PANELS))
-    plot_training(runs, path, title=title, panels=[panel for panel in panels if panel.metric in logged])
+    chosen = [panel for panel in panels if panel.metric in logged]
+    if chosen:
+        plot_training(runs, path, title=title, panels=chosen)
 
 
 def _measured_at_the_end(trainer: Any) -> bool:

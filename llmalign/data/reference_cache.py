@@ -245,6 +245,10 @@ class Report:
     computed: int
     seconds: float
 
+    def __add__(self, other: "Report") -> "Report":
+        """Both together."""
+        return Report(self.found + other.found, self.computed + other.computed, self.seconds + other.seconds)
+
 
 @dataclass(frozen=True)
 class _Job:

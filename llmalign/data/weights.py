@@ -99,6 +99,8 @@ def _tensor_digest(name: str, tensor: Tensor) -> bytes:
             f"the weight {name} is offloaded and cannot be read, so nothing can be kept under its digest; set "
             "precompute_ref_log_probs: false"
         )
+    if not tensor.numel():  # two models of one shape would have the same digest
+        raise ValueError(f"the parameter {name} is empty here, as sharded ones are: pass `gather`")
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.digest()

@@ -76,6 +76,17 @@ class Forest:
         spans = [torch.arange(tree.start + tree.prompt - 1, tree.stop) for tree in self.trees]
         return torch.cat(spans).to(self.device)
 
+    @cached_property
+    def ends(self) -> Tensor:
+        """Position of the last token of every branch, tree by tree; of its prompt where a branch is empty."""
+        last: list[int] = []
+        for tree in self.trees:
+            before = tree.start + tree.prompt
+            for length in tree.branches:
+                last.append(before + length - 1 if length else tree.start + tree.prompt - 1)
+                before += length
+        return torch.tensor(last, device=self.device)
+
     def branch_mask(self, prompt: int, branch: int, dtype: torch.dtype) -> Any:
         """What a branch sees of [prompt | branch]: all of the prompt, and itself causally."""
         if self.device.type == "cuda":
@@ -145,9 +156,12 @@ class Layout:
     lengths: list[int]
 
 
-def lay_out_trees(groups: PromptGroups, *, share: bool, device: torch.device, flex: bool = False) -> Layout:
+def lay_out_trees(
+    groups: PromptGroups, *, share: bool, device: torch.device, flex: bool = False, whole: bool = False
+) -> Layout:
     """Lay prompts and completions out in one row: one tree a prompt (`share`), or one a completion.
 
+    `whole` feeds the last tokens too, for what is read from the hidden states there (`Forest.ends`).
     Prompts must not be empty.
     """
     if not share:
@@ -162,14 +176,16 @@ def lay_out_trees(groups: PromptGroups, *, share: bool, device: torch.device, fl
         start, end = len(ids), len(ids) + len(prompt) - 1
         ids += prompt
         positions.append(torch.arange(len(prompt)))
+        branches: list[int] = []
         for completion in completions:
-            fed = max(len(completion) - 1, 0)
+            fed = len(completion) if whole else max(len(completion) - 1, 0)
             if completion:
                 scored += [torch.tensor([end]), torch.arange(len(ids), len(ids) + fed)]
             positions.append(torch.arange(len(prompt), len(prompt) + fed))
-            ids += completion[:-1]
+            ids += completion[:fed]
             targets += completion
-        trees.append(Tree(start, len(prompt), tuple(max(len(completion) - 1, 0) for completion in completions)))
+            branches.append(fed)
+        trees.append(Tree(start, len(prompt), tuple(branches)))
     forest = Forest(trees, device)
     # A mask of four dimensions is taken as it is; without one the models would build their own, of total x total.
     mask = forest.block_mask if flex else torch.zeros((1, 1, 1, 1), device=device)

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmalign.data.reference_cache import (
     ReferenceCache,
+    Report,
     ScoreKey,
     default_root,
     look_up_rows,
@@ -67,11 +70,14 @@ class References:
     reference_columns: tuple[str, ...] = ("ref_chosen_logps", "ref_rejected_logps")
     _ready = False
     _digests: dict[tuple[int, str | None], str]
+    #: what looking the sets up took, by their names
+    reference_reports: dict[str, Report]
 
     def add_references(self, wanted: bool | None) -> None:
         """Choose for the training set and every evaluation set, once the models are there and nothing is wrapped."""
         self._ready = True
         self._digests = {}
+        self.reference_reports = {}
         choice: dict[str, bool] = {}
 
         def choose(rows: Any, name: str) -> Any:
@@ -139,6 +145,7 @@ class References:
             even=self.accelerator.distributed_type in SHARDED,
             disable=self.args.disable_tqdm,
         )
+        self.reference_reports[name] = self.reference_reports.get(name, Report(0, 0, 0.0)) + report
         logger.info(
             "%s: %d log-probs found in the cache, %d computed (%.1f s).",
             name, report.found, report.computed, report.seconds,
@@ -214,12 +221,12 @@ class References:
         unwrapped = self.accelerator.unwrap_model(model)
         known = (id(unwrapped), adapter)
         if known not in self._digests:
-            self._digests[known] = weights_digest(unwrapped, adapter=adapter)
+            self._digests[known] = weights_digest(unwrapped, adapter, gather=_whole)
         key = ScoreKey(
             weights=self._digests[known],
             dtype=str(unwrapped.dtype),
             autocast=self.accelerator.mixed_precision,
-            scoring=self.scorer.kind,
+            scoring=f"{self.scorer.kind}, {unwrapped.config._attn_implementation}",
             max_length=self.args.max_length,
         )
         root = self.args.reference_cache_dir
@@ -227,6 +234,15 @@ class References:
 
     def _groups_of(self, rows: list[dict[str, Any]]) -> PromptGroups:
         return self.referred(self.data_collator.groups(rows))  # type: ignore[attr-defined]
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """A parameter that ZeRO-3 has sharded, gathered for a moment."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def _token_ids(dataset: Any) -> Any:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "losses": {"types"},
     "scores": {"types", "errors"},
     "data": {"errors", "assets", "types"},
-    "rewards": {"errors", "types"},
+    "rewards": {"errors", "types", "scores"},
     "embedded": {"errors", "assets"},
     "assets": {"errors"},
     "values": {"errors"},
@@ -28,6 +28,8 @@ MAY_IMPORT = {
     "recipe": LEAVES | {"assets", "values", "data", "trainers"},
     "prepare": LEAVES | {"data", "recipe", "trainers"},
     "train": LEAVES | LIBRARY | {"prepare", "recipe", "trainers", "embedded", "evaluation"},
+    "fill": LEAVES | {"data", "prepare", "recipe", "train", "trainers"},
+    "sweep": LEAVES | {"evaluation", "recipe", "train", "trainers"},
     "quickstart": LEAVES | LIBRARY | {"prepare", "recipe", "train", "trainers", "embedded", "evaluation", "assets"},
 }
 
