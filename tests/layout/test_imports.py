@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "embedded": {"errors", "assets"},
     "assets": {"errors"},
     "values": {"errors"},
+    "processes": set(),
     "evaluation": {"errors", "types", "losses", "scores", "data"},
     "trainers": LEAVES | LIBRARY | {"evaluation"},
     "diffusion": LEAVES | {"losses", "data", "trainers"},
