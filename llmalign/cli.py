@@ -65,16 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"quickstart does not know {' '.join(rest)}")
     _set_up_logging()
     try:
-        status = _run(options, rest)
+        return _run_launched(options, rest) if "RANK" in os.environ else _run(options, rest)
     except KeyboardInterrupt:
         if _is_main_process():
             again = "--resume auto" if options.command == "train" else "the same command"
             print(f"llmalign: stopped; go on with {again}.", file=sys.stderr)
-        return 130  # at once: the others may be stopped in the middle of an exchange
-    from llmalign.processes import end_processes
-
-    end_processes(together=status == 0)
-    return status
+        return 130
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -85,6 +81,16 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         if _is_main_process():
             print(f"llmalign: {error}", file=sys.stderr)
         return USAGE_ERROR
+
+
+def _run_launched(options: argparse.Namespace, rest: list[str]) -> int:
+    """The same as one of the processes of a launcher. An interrupt leaves at once: the others may be mid-exchange."""
+    from llmalign.processes import end_processes, load_group_users
+
+    load_group_users()
+    status = _run(options, rest)
+    end_processes(together=status == 0)
+    return status
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmalign.errors import UserError
 from llmalign.scores.prefix import FLEX, IMPLEMENTATIONS, Forest, Layout, lay_out_trees, register_attention
-from llmalign.scores.text import add_compact_head, completion_logps, lay_out_padded
+from llmalign.scores.text import add_compact_head, completion_logps, is_attached, lay_out_padded, most_over_ranks
 from llmalign.types import PromptGroups
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,17 @@ def why_not(config: PretrainedConfig) -> str | None:
     """Why a model of this config cannot be scored without padding; None where it can."""
     if config.model_type not in PROVEN:
         return f"the architecture {config.model_type} is not proven for it"
+    if batch_dependent(config):
+        return "its rotary embeddings change with the longest position of the batch"
     if config._attn_implementation not in (*IMPLEMENTATIONS, *IMPLEMENTATIONS.values()):
         return f"attention {config._attn_implementation} cannot read it; use sdpa, flash_attention_2 or flex_attention"
     return None
+
+
+def batch_dependent(config: PretrainedConfig) -> bool:
+    """Whether scores depend on the longest sequence of the batch, as under dynamically scaled rotary embeddings."""
+    rope = config.to_dict().get("rope_parameters") or {}
+    return rope.get("rope_type") in ("dynamic", "longrope")
 
 
 def shortest_window(config: PretrainedConfig) -> int | None:
@@ -94,10 +102,12 @@ class Scorer:
             self.kind, self.reason = self.requested, "asked for"
 
     def attach(self, model: nn.Module) -> None:
-        """Prepare a language model, or one with an adapter, before it is wrapped for training; once per model."""
+        """Prepare a language model, or one with an adapter, before it is wrapped for training; again does nothing."""
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise UserError("prompt-learning adapters put virtual tokens before the prompt; use LoRA instead")
         language_model: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+        if is_attached(language_model):
+            return
         add_compact_head(language_model)
         if why_not(language_model.config) is None:
             register_attention()
@@ -147,11 +157,13 @@ class Scorer:
     def split_gap(self, model: nn.Module, groups: PromptGroups, *, device: torch.device) -> float:
         """Largest change (nats) of a padded score when the batch is split into single sequences."""
         whole = self.logps(model, groups, device=device, kind=PADDED)
+        sequences = groups.sequences()
+        idle = most_over_ranks(len(sequences), device) - len(sequences)
         single = [
             self.logps(model, PromptGroups([prompt], [[completion]]), device=device, kind=PADDED)
-            for prompt, completion in groups.sequences()
+            for prompt, completion in [*sequences, *sequences[:1] * idle]
         ]
-        return float((whole - torch.cat(single)).abs().max())
+        return float((whole - torch.cat(single)[: len(sequences)]).abs().max())
 
     def settle(self, gaps: Gaps) -> None:
         """Keep the layout if its check passed, else take the next slower one; refuse if it was asked for by name.

@@ -20,6 +20,7 @@ from llmalign.types import PromptGroups
 
 #: logits held at a time, in numbers: few enough for a CPU's cache, enough to fill an accelerator
 CPU_CHUNK, DEVICE_CHUNK = 2**22, 2**26
+_ATTACHED = "_has_compact_head"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,18 @@ class LogitRule:
         return logits
 
 
+def most_over_ranks(calls: int, device: torch.device) -> int:
+    """How often all ranks have to call a part of the model where one calls it so often.
+
+    Under ZeRO-3 every call gathers weights from all ranks, so that unequal numbers would wait for ever.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return calls
+    most = torch.tensor(calls, device=device)
+    all_reduce(most, ReduceOp.MAX)
+    return int(most)
+
+
 def head_logps(head: Any, hidden: Tensor, targets: Tensor, rule: LogitRule) -> Tensor:
     """Log-probs (S,) in nats, float32, of `targets` (S,) after hidden states (S, H), through a language model's head.
 
@@ -56,12 +69,7 @@ def head_logps(head: Any, hidden: Tensor, targets: Tensor, rule: LogitRule) -> T
     """
     vocabulary = head.out_features
     at_a_time = max((CPU_CHUNK if hidden.device.type == "cpu" else DEVICE_CHUNK) // vocabulary, 1)
-    chunks = max(-(-len(targets) // at_a_time), 1)
-    if is_deepspeed_zero3_enabled():
-        # Every call of the head gathers its weights from all ranks, so all ranks must call it equally often.
-        most = torch.tensor(chunks, device=hidden.device)
-        all_reduce(most, ReduceOp.MAX)
-        chunks = int(most)
+    chunks = most_over_ranks(max(-(-len(targets) // at_a_time), 1), hidden.device)
 
     def logps(rows: Tensor, wanted: Tensor) -> Tensor:
         return -nn.functional.cross_entropy(rule(head(rows).float()), wanted, reduction="none")
@@ -80,7 +88,7 @@ def add_compact_head(model: PreTrainedModel) -> None:
     `scored` (S,) are positions in the flattened hidden states. Without it the forward is the original one. Called
     once, before the model is wrapped by PEFT, DDP or DeepSpeed; calls go through the wrapper.
     """
-    original = model.forward
+    vars(model)[_ATTACHED] = True
     rule = LogitRule.of(model.config)
 
     @functools.wraps(type(model).forward)
@@ -88,12 +96,18 @@ def add_compact_head(model: PreTrainedModel) -> None:
         self: PreTrainedModel, *args: Any, scored: Tensor | None = None, targets: Tensor | None = None, **kwargs: Any
     ) -> Any:
         if scored is None or targets is None:
-            return original(*args, **kwargs)
+            # The class's own: a bound one would still be the original's in a deep copy of the model.
+            return type(self).forward(self, *args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
         return head_logps(head, hidden.flatten(0, 1).index_select(0, scored), targets, rule)
 
     model.forward = MethodType(forward, model)
+
+
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether a model, or the one that it is a copy of, has a compact head."""
+    return _ATTACHED in vars(model)
 
 
 def lay_out_padded(

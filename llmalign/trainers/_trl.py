@@ -198,6 +198,7 @@ class PairBase(SafeCheckpointMixin, TextScores, References, MicroBatchMixin, Pai
                 ref_model = copy.deepcopy(model)  # built in memory: there is no path to load the reference from
         wanted, args.precompute_ref_log_probs = args.precompute_ref_log_probs, True  # so that TRL loads no reference
         super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
+        args.precompute_ref_log_probs = wanted
         refuse_vision(self.model.config)
         if self.aux_loss_enabled:
             raise UserError(

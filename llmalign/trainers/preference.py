@@ -189,9 +189,9 @@ class INPOTrainer(PairBase):
             elsewhere = self.last_source in ("columns", "model")
             self.start_may_differ = f"the previous iterate comes from its {self.last_source}" if elsewhere else None
         logger.info("INPO: the previous iterate is taken from %s.", _LAST_SOURCES[self.last_source])
-        if self.args.precompute_ref_log_probs and self.last_source in ("model", "adapter", "start"):
-            self.map_sets(self._with_last)
-            self.last_model = None
+        looked_up = self.precompute_ref_logps and isinstance(self.train_dataset, Dataset)
+        if looked_up and self.last_source in ("model", "adapter", "start"):
+            self.map_sets(lambda rows, name: self._with_last(rows, name) if isinstance(rows, Dataset) else rows)
 
     def _with_last(self, dataset: Any, name: str) -> Any:
         model = self.model if self.last_model is None else self.last_model

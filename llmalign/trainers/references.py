@@ -28,7 +28,7 @@ from llmalign.data.reference_cache import (
     weights_digest,
 )
 from llmalign.errors import UserError
-from llmalign.scores.scoring import Scorer
+from llmalign.scores.scoring import Scorer, batch_dependent
 from llmalign.types import PromptGroups
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class References:
     #: columns of a row's reference log-probs, completion by completion
     reference_columns: tuple[str, ...] = ("ref_chosen_logps", "ref_rejected_logps")
     _ready = False
+    #: whether a set is a stream, whose rows may lack the log-probs that others have
+    _streams = False
     _digests: dict[tuple[int, str | None], str]
     #: what looking the sets up took, by their names
     reference_reports: dict[str, Report]
@@ -82,25 +84,26 @@ class References:
 
         def choose(rows: Any, name: str) -> Any:
             choice[name] = self._ahead(name, rows, wanted)
+            self._streams |= isinstance(rows, IterableDataset)
             return rows
 
         self.map_sets(choose)
         if wanted is None:
             choice |= self._remembered()
             self.add_callback(RememberChoice(choice))  # type: ignore[attr-defined]
+        # Another run may fill the cache while the ranks look, each for itself.
+        choice = broadcast_object_list([choice])[0]
         self.map_sets(lambda rows, name: self.with_references(rows, name) if choice[name] else rows)
-        self.args.precompute_ref_log_probs = choice["train"]  # sets given to `evaluate` later follow the training set
-        streams = isinstance(self.train_dataset, IterableDataset)  # may hold rows that the cache does not
-        if all(choice.values()) and not streams:
-            self.ref_model = None
-        elif self.ref_model is None and not isinstance(self.model, PeftModel):
-            self.ref_model = self.load_start()  # type: ignore[attr-defined]
+        self.precompute_ref_logps = choice["train"]  # what TRL does with a set given to `evaluate` later
+        if self.ref_model is None and not (all(choice.values()) and not self._streams):
+            if not isinstance(self.model, PeftModel):
+                self.ref_model = self.load_start()  # type: ignore[attr-defined]
 
     def reference_logps(self, inputs: dict[str, Any]) -> Tensor:
         """Reference log-probs (N,) of a batch: its columns, else the frozen model or the adapter switched off."""
         if self.reference_columns[0] in inputs:
             known = self.columns_of(inputs)
-            if not isinstance(self.train_dataset, IterableDataset) or known.isfinite().all():
+            if not self._streams or known.isfinite().all():
                 return known
         model = self.ref_model if self.ref_model is not None else self.model
         return self.frozen_logps(model, self.referred(inputs["groups"]), self.reference_adapter)  # type: ignore[attr-defined]
@@ -150,7 +153,13 @@ class References:
             "%s: %d log-probs found in the cache, %d computed (%.1f s).",
             name, report.found, report.computed, report.seconds,
         )  # fmt: skip
-        return self.add_logps(dataset, look_up_rows(cache, _token_ids(dataset), self._groups_of), columns)
+        logps = look_up_rows(cache, _token_ids(dataset), self._groups_of)
+        if np.isnan(logps).any():
+            raise UserError(
+                f"{int(np.isnan(logps).sum())} log-probs of {name} are not in {cache.folder} although they were just "
+                "computed: set reference_cache_dir to a folder that all processes share"
+            )
+        return self.add_logps(dataset, logps, columns)
 
     def add_logps(self, dataset: Dataset, logps: np.ndarray, columns: tuple[str, ...]) -> Dataset:
         """Log-probs (N,) of a data set's completions as columns of its rows."""
@@ -188,7 +197,7 @@ class References:
         sharded = self.accelerator.distributed_type in SHARDED
         if isinstance(dataset, IterableDataset):
             return wanted is not False and not sharded  # ranks could not agree on what is missing from a batch
-        if wanted is not None or sharded:
+        if wanted is not None or sharded or batch_dependent(self.model.config):
             return bool(wanted)
         rows, visits = len(dataset), self._visits(len(dataset)) if name == "train" else 2 * len(dataset)
         cache = self._cache(self.ref_model or self.model, self.reference_adapter, dataset)  # type: ignore[attr-defined]

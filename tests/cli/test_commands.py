@@ -186,13 +186,17 @@ def test_methods_of_trl_get_only_the_rows_that_fit(
     assert main(["train", str(written), "--output_dir", str(tmp_path / "out")]) == 0
 
 
+def launch_two(written: str, output_dir: Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "scripts" / "train.py"), written, "--output_dir", str(output_dir)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
 def test_two_processes_end_at_the_weights_of_one(tmp_path: Path, tiny_model_dir: Path, pairs_file: Path) -> None:
     """Real data parallelism: 2 x 4 rows a step and 1 x 8 rows a step are the same step."""
     written = recipe(tmp_path, tiny_model_dir, pairs_file, max_steps=3, use_cpu=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "scripts" / "train.py"), written, "--output_dir", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = launch_two(written, tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("rpo on ") == 1, "only the main process prints"
     result = json.loads((tmp_path / "two" / "metrics.json").read_text())
@@ -203,3 +207,12 @@ def test_two_processes_end_at_the_weights_of_one(tmp_path: Path, tiny_model_dir:
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-5
     assert max(float((one[key] - start[key]).abs().max()) for key in one) > 1e-3
     assert all(torch.isfinite(value).all() for value in two.values())
+
+
+@pytest.mark.slow
+def test_what_one_of_two_processes_refuses_ends_both(tmp_path: Path, tiny_model_dir: Path, pairs_file: Path) -> None:
+    """Only the main process looks for another run in the output folder; the other one waits for it."""
+    (tmp_path / "taken" / "checkpoint-1").mkdir(parents=True)
+    done = launch_two(recipe(tmp_path, tiny_model_dir, pairs_file, use_cpu=True), tmp_path / "taken")
+    assert done.returncode != 0
+    assert done.stderr.count("llmalign: ") == 1 and "holds another run (checkpoint-1)" in done.stderr

@@ -15,32 +15,40 @@ from tests.trainers import tiny
 SCRIPT = """
 import json, os, sys
 from llmalign import CoPGConfig, CoPGTrainer, RPOConfig, RPOTrainer
+from llmalign.processes import end_processes, load_group_users
 from tests.trainers import tiny
 
-model, reference, folder, method = sys.argv[1:5]
-world = int(os.environ.get("WORLD_SIZE", 1))
-trainer, config, rows = {
-    "rpo": (RPOTrainer, RPOConfig, tiny.pairs), "copg": (CoPGTrainer, CoPGConfig, tiny.groups)
-}[method]
-built = trainer(
-    model=model,
-    args=config(
-        output_dir=folder, use_cpu=True, per_device_train_batch_size=8 // world, max_steps=3, beta=0.1,
-        learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, alarm_prompts=0,
-        ref_model_name_or_path=reference, per_device_eval_batch_size=2,
-    ),
-    train_dataset=rows(16),
-    eval_dataset=rows(5, seed=5),
-    processing_class=tiny.tokenizer(),
-)
-assert built.accelerator.num_processes == world, "the processes do not know each other"
-built.train()
-assert type(built.model_wrapped).__name__ == ("DistributedDataParallel" if world > 1 else "LlamaForCausalLM")
-measured = built.evaluate()
-built.save_model(folder)
-if built.is_world_process_zero():
-    with open(os.path.join(folder, "measured.json"), "w") as file:
-        json.dump({"train": built.state.log_history[:3], "eval": measured}, file)
+def run(model, reference, folder, method):
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    trainer, config, rows = {
+        "rpo": (RPOTrainer, RPOConfig, tiny.pairs), "copg": (CoPGTrainer, CoPGConfig, tiny.groups)
+    }[method]
+    built = trainer(
+        model=model,
+        args=config(
+            output_dir=folder, use_cpu=True, per_device_train_batch_size=8 // world, max_steps=3, beta=0.1,
+            learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+            alarm_prompts=0, ref_model_name_or_path=reference, per_device_eval_batch_size=2,
+        ),
+        train_dataset=rows(16),
+        eval_dataset=rows(5, seed=5),
+        processing_class=tiny.tokenizer(),
+    )
+    assert built.accelerator.num_processes == world, "the processes do not know each other"
+    built.train()
+    assert type(built.model_wrapped).__name__ == ("DistributedDataParallel" if world > 1 else "LlamaForCausalLM")
+    measured = built.evaluate()
+    built.save_model(folder)
+    if built.is_world_process_zero():
+        with open(os.path.join(folder, "measured.json"), "w") as file:
+            json.dump({"train": built.state.log_history[:3], "eval": measured}, file)
+
+load_group_users()
+run(*sys.argv[1:5])
+end_processes(together=True)
+if sys.platform == "linux":
+    threads = {open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")}
+    assert not [name for name in threads if "gloo" in name], f"the process group is alive: {threads}"
 """
 
 

@@ -7,7 +7,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmalign.errors import UserError
-from llmalign.scores.scoring import KINDS, PADDED, PADDING_FREE, PROVEN, SHARED_PROMPT, Gaps, Scorer, shortest_window
+from llmalign.scores.scoring import (
+    KINDS,
+    PADDED,
+    PADDING_FREE,
+    PROVEN,
+    SHARED_PROMPT,
+    Gaps,
+    Scorer,
+    batch_dependent,
+    shortest_window,
+    why_not,
+)
 from llmalign.types import PromptGroups
 
 CPU = torch.device("cpu")
@@ -167,6 +178,14 @@ def test_windows_are_read_as_the_models_use_them():
     assert shortest_window(AutoConfig.for_model("mistral", sliding_window=None)) is None
     assert shortest_window(AutoConfig.for_model("qwen2", sliding_window=64, use_sliding_window=False)) is None
     assert shortest_window(AutoConfig.for_model("llama")) is None
+
+
+def test_rotary_embeddings_that_follow_the_batch_are_padded_and_not_cached():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = AutoConfig.for_model("llama", **SMALL | {"rope_parameters": rope})
+    config._attn_implementation = "sdpa"
+    assert batch_dependent(config) and "longest position" in why_not(config)
+    assert not batch_dependent(AutoConfig.for_model("llama"))
 
 
 def test_eager_attention_is_padded():

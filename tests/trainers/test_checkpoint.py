@@ -216,11 +216,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
+from llmalign.processes import end_processes, load_group_users
 from tests.trainers.toy_runs import make
 
+load_group_users()
 trainer = make(Path(sys.argv[2]), save_total_limit=2)
 assert trainer.args.world_size == 2, trainer.args.world_size
 trainer.train(resume_from_checkpoint=True)
+del trainer
+end_processes(together=True)
 """
 
 

@@ -1,10 +1,12 @@
 """Training in every layout, with references from every source, is the padded training that looks nothing up."""
 
+import copy
 import json
 import logging
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from llmalign import (
     CoPGConfig,
@@ -18,6 +20,7 @@ from llmalign import (
     RPOConfig,
     RPOTrainer,
 )
+from llmalign.data.reference_cache import Report
 from llmalign.errors import UserError
 from tests.trainers import tiny
 from tests.trainers.building import LORA, build
@@ -86,7 +89,7 @@ def test_inpo_s_previous_iterate_is_cached_too(start, other, tmp_path):
     fly = build(INPOTrainer, INPOConfig, start, tmp_path / "fly", **options)
     cache = {"precompute_ref_log_probs": True, "reference_cache_dir": str(tmp_path / "cache")}
     kept = build(INPOTrainer, INPOConfig, start, tmp_path / "kept", **options, **cache)
-    assert fly.last_model is not None and kept.last_model is None and kept.ref_model is None
+    assert kept.ref_model is None and "last_chosen_logps" in kept.train_dataset.column_names
     assert len(list((tmp_path / "cache").iterdir())) == 2  # the reference's folder and the previous iterate's
     assert_same(outcome(kept), outcome(fly))
 
@@ -122,7 +125,7 @@ def test_cost_chooses_and_is_said(peft, options, ahead, start, tmp_path, caplog)
     caplog.set_level(logging.INFO)
     options |= {"precompute_ref_log_probs": None, "reference_cache_dir": str(tmp_path / "cache")}
     trainer = build(PairTrainer, PairConfig, start, tmp_path / "run", peft=peft, **options)
-    assert ("ref_chosen_logps" in trainer.train_dataset.column_names) == ahead == trainer.args.precompute_ref_log_probs
+    assert ("ref_chosen_logps" in trainer.train_dataset.column_names) == ahead == trainer.precompute_ref_logps
     assert f"References of train: {'looked up' if ahead else 'scored on the fly'} (8 rows" in caplog.text
     assert (trainer.ref_model is None) == (ahead or peft is not None)
     trainer.train()
@@ -193,3 +196,63 @@ def test_a_wrong_layout_falls_back_aloud_and_trains_right(start, tmp_path, caplo
     found = outcome(trainer)
     assert trainer.scorer.kind == "padded" and "falling back on padding_free" in caplog.text
     assert_same(found, outcome(build(PairTrainer, PairConfig, start, tmp_path / "b", scoring="padded", **options)))
+
+
+@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
+def test_a_set_given_later_is_scored_by_the_reference_that_was_given(peft, start, other, tmp_path):
+    later = tiny.pairs(4, seed=5)
+    drifts = []
+    for name, ahead in (("fly", False), ("kept", True)):
+        trainer = build(
+            PairTrainer, PairConfig, start, tmp_path / name, peft=peft, ref_model_name_or_path=other,
+            precompute_ref_log_probs=ahead, reference_cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
+        assert trainer.args.precompute_ref_log_probs is ahead
+        drifts.append(trainer.evaluate(later)["eval_drift/chosen"])
+    assert drifts[0] == pytest.approx(drifts[1], abs=1e-4) and abs(drifts[0]) > 0.1
+
+
+def test_rpo_draws_its_base_from_the_reference_that_was_given(start, other, tmp_path):
+    drawn = []
+    for name, ahead in (("fly", False), ("kept", True)):
+        trainer = build(
+            RPOTrainer, RPOConfig, start, tmp_path / name, ref_model_name_or_path=other, base="reference",
+            base_new_tokens=4, precompute_ref_log_probs=ahead, reference_cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
+        drawn.append(trainer.train_dataset["base_ids"][:])
+    assert drawn[0] == drawn[1]
+
+
+def test_processes_that_do_not_share_the_cache_are_told(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmalign.trainers.references.score_ahead", lambda *args, **options: Report(0, 0, 0.0))
+    with pytest.raises(UserError, match="reference_cache_dir to a folder that all processes share"):
+        build(
+            PairTrainer, PairConfig, start, tmp_path, precompute_ref_log_probs=True,
+            reference_cache_dir=str(tmp_path / "own"),
+        )  # fmt: skip
+
+
+def test_a_streamed_evaluation_set_beside_a_loaded_training_set(start, tmp_path):
+    options = {"reference_cache_dir": str(tmp_path / "cache")}
+    stream = tiny.pairs(3, seed=9).to_iterable_dataset()
+    looked_up = build(
+        PairTrainer, PairConfig, start, tmp_path / "a", evaluation=stream, precompute_ref_log_probs=True, **options
+    )
+    fly = build(PairTrainer, PairConfig, start, tmp_path / "b", evaluation=stream)
+    assert looked_up.evaluate()["eval_loss"] == pytest.approx(fly.evaluate()["eval_loss"], abs=1e-6)
+
+
+def test_two_trainers_on_one_model_and_a_copy_of_it(start, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    first = build(PairTrainer, PairConfig, model, tmp_path / "a", optim="sgd")
+    losses = outcome(first)[0]
+    ids = torch.tensor([[5, 6, 7]])
+    twin = copy.deepcopy(model)
+    before = twin(input_ids=ids).logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(twin(input_ids=ids).logits, before)
+    again = build(PairTrainer, PairConfig, twin, tmp_path / "b", reference=model, optim="sgd")
+    assert again.scorer.kind == "shared_prompt" and losses[0] == pytest.approx(0.6931, abs=1e-3)
+    again.train()
