@@ -14,7 +14,7 @@ help:
 	@echo "make test         the test suite (make test-all: the slow ones too)"
 	@echo "make lint         ruff, format check, mypy"
 	@echo "make claims       what the papers claim, measured (up to an hour)"
-	@echo "make bench        time per step beside TRL"
+	@echo "make bench        time and memory of a step beside TRL (half an hour; ARGS='--case k8' runs one case)"
 
 setup: $(STAMP)
 
@@ -53,7 +53,7 @@ claims: setup
 	$(BIN)/python scripts/claims/run.py
 
 bench: setup
-	$(BIN)/python scripts/bench.py
+	$(BIN)/python scripts/bench.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
