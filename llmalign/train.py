@@ -64,6 +64,10 @@ def run(recipe: Recipe, resume: str | None = None) -> dict[str, Any]:
     data = prepare(recipe, tokenizer, config, end_ids(tokenizer, path, options.model_revision))
     fingerprint[TRAIN_ROWS] = data.train_digest()
     guard_output_dir(config.output_dir, resume, fingerprint, harmless)
+    finished = Path(config.output_dir) / METRICS_FILE
+    if resume is not None and finished.is_file():
+        logger.info("%s is there, so this run is finished already: nothing to do.", finished)
+        return json.loads(finished.read_text(encoding="utf-8"))
     _plan_evaluation(config, data, checkpoint)
     trainer = build(recipe, config, replace(options, model_name_or_path=path), tokenizer, data)
     _say_what_runs(recipe, trainer)
@@ -203,7 +207,7 @@ def _say_what_runs(recipe: Recipe, trainer: Any) -> None:
         "" if args.world_size == 1 else "es",
         args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         str(model.dtype).removeprefix("torch."),
-        model.config._attn_implementation,
+        model.config._attn_implementation.removeprefix("shared_prompt_"),
         f"{trainable:,}",
     )
 

@@ -168,6 +168,8 @@ class ScoreConfig(DPOConfig):
     def __post_init__(self) -> None:
         refuse_inherited(self, _NOT_HONOURED | self._unused())
         super().__post_init__()
+        if self.tokens_per_batch is not None:
+            self.choices += f", micro-batches of at most {self.tokens_per_batch} tokens"
         require(self.scoring in KINDS, "scoring", self.scoring, f"one of {', '.join(KINDS)}")
         check_batching(self)
         _positive(self, "alarm_chosen_drop", "alarm_new_tokens")

@@ -81,15 +81,15 @@ class References:
         self._digests = {}
         self.reference_reports = {}
         choice: dict[str, bool] = {}
+        kept = self._remembered() if wanted is None else {}
 
         def choose(rows: Any, name: str) -> Any:
-            choice[name] = self._ahead(name, rows, wanted)
+            choice[name] = self._ahead(name, rows, kept.get(name, wanted))
             self._streams |= isinstance(rows, IterableDataset)
             return rows
 
         self.map_sets(choose)
         if wanted is None:
-            choice |= self._remembered()
             self.add_callback(RememberChoice(choice))  # type: ignore[attr-defined]
         # Another run may fill the cache while the ranks look, each for itself.
         choice = broadcast_object_list([choice])[0]
@@ -206,8 +206,8 @@ class References:
         # At equal cost a second model is worth avoiding; an adapter that is switched off takes no memory.
         ahead = missing <= visits if not isinstance(self.model, PeftModel) else missing < visits
         logger.info(
-            "References of %s: %s (%d rows, %d of them to be scored for the cache, %d visits on the fly).",
-            name, "looked up" if ahead else "scored on the fly", rows, missing, visits,
+            "References of %s: %s (%d rows to score ahead of training, %d during it).",
+            name, "looked up" if ahead else "scored during training", missing, visits,
         )  # fmt: skip
         return ahead
 

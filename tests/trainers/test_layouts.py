@@ -126,7 +126,7 @@ def test_cost_chooses_and_is_said(peft, options, ahead, start, tmp_path, caplog)
     options |= {"precompute_ref_log_probs": None, "reference_cache_dir": str(tmp_path / "cache")}
     trainer = build(PairTrainer, PairConfig, start, tmp_path / "run", peft=peft, **options)
     assert ("ref_chosen_logps" in trainer.train_dataset.column_names) == ahead == trainer.precompute_ref_logps
-    assert f"References of train: {'looked up' if ahead else 'scored on the fly'} (8 rows" in caplog.text
+    assert f"References of train: {'looked up' if ahead else 'scored during training'} (8 rows" in caplog.text
     assert (trainer.ref_model is None) == (ahead or peft is not None)
     trainer.train()
 
