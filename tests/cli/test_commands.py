@@ -134,6 +134,19 @@ def test_resume_ends_where_the_whole_run_ended(tmp_path: Path, tiny_model_dir: P
     assert first["before"] == second["before"] and first["after"] == second["after"]
 
 
+def test_resuming_a_finished_run_changes_nothing(
+    tmp_path: Path, tiny_model_dir: Path, pairs_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["train", recipe(tmp_path, tiny_model_dir, pairs_file, max_steps=2), "--output_dir", str(out)]
+    assert main(arguments) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    caplog.set_level("INFO")
+    assert main([*arguments, "--resume", "auto"]) == 0
+    assert "finished already" in caplog.text
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_resuming_with_another_value_is_refused(
     tmp_path: Path, tiny_model_dir: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
