@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SCRIPTS = Path(__file__).resolve().parent / "benching"
 ROUNDS = 3
 STEPS = {"cpu": 2, "cuda": 10}  # that count, of each contender in each round
-WIDTH = 140  # characters of a table that goes into a file
+WIDTH = 160  # characters of a table that goes into a file
 
 
 def environment(folder: str, device: str) -> dict[str, str]:

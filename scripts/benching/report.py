@@ -22,7 +22,7 @@ class Summary:
 
     `low`, `high`: the time ratio of single rounds. `precomputed_*`: against TRL with precomputed log-probs.
     `fraction_of_limit`: least operations of a step over what `torch.mm` would do in its time. `tokens_per_second`: of
-    ours, every prompt counted once.
+    ours, every prompt counted once. `layout`: what ours scored in, where nothing made it fall back `shared_prompt`.
     """
 
     case: str
@@ -37,6 +37,7 @@ class Summary:
     trl_megabytes: float
     tokens_per_second: float
     mm_rate: float
+    layout: str
     precomputed_time_ratio: float | None = None
     precomputed_memory_ratio: float | None = None
 
@@ -89,6 +90,7 @@ def summarise(case: Case, measured: list[Measured], *, quick: bool = False) -> S
         trl_megabytes=megabytes["trl"],
         tokens_per_second=statistics.fmean(sum(map(fed_tokens, batch)) for batch in counted) / seconds["ours"],
         mm_rate=mm_rate,
+        layout=", ".join(sorted({one["layout"] for one in measured if one["contender"] == "ours"})),
     )
     if not case.cached:
         return summary
@@ -119,7 +121,19 @@ def both(ours: float, theirs: float, digits: int) -> str:
 def table(summaries: list[Summary], cases: dict[str, Case], title: str, *, targets: bool) -> Table:
     """The table that the terminal shows; `targets` says whether those of the cases apply."""
     result = Table(title=title, caption="time: TRL's over ours (and of single rounds); memory: ours over TRL's")
-    columns = ["case", "time", "rounds", "target", "memory", "target", "seconds", "MB", "of the limit", "tokens/s"]
+    columns = [
+        "case",
+        "time",
+        "rounds",
+        "target",
+        "memory",
+        "target",
+        "seconds",
+        "MB",
+        "of the limit",
+        "tokens/s",
+        "layout",
+    ]
     kept = [index for index, name in enumerate(columns) if targets or name != "target"]
     for index in kept:
         result.add_column(columns[index], justify="right" if index else "left")
@@ -136,10 +150,11 @@ def table(summaries: list[Summary], cases: dict[str, Case], title: str, *, targe
             both(one.megabytes, one.trl_megabytes, 0),
             f"{one.fraction_of_limit:.0%}",
             f"{one.tokens_per_second:.0f}",
+            one.layout,
         ]
         result.add_row(*(cells[index] for index in kept))
         if one.precomputed_time_ratio is not None and one.precomputed_memory_ratio is not None:
             beside = ["  TRL precomputed", f"{one.precomputed_time_ratio:.2f}", "", ""]
-            beside += [f"{one.precomputed_memory_ratio:.2f}", "", "", "", "", ""]
+            beside += [f"{one.precomputed_memory_ratio:.2f}", "", "", "", "", "", ""]
             result.add_row(*(beside[index] for index in kept))
     return result

@@ -64,6 +64,7 @@ def measured(contender: str, seconds: list[float], megabytes: float, losses: tup
         "losses": losses,
         "dtype": "float32",
         "mm_rate": 1e9,
+        "layout": "shared_prompt" if contender == "ours" else "padded",
     }
 
 
@@ -82,6 +83,7 @@ def test_ratios_of_medians_and_of_single_rounds():
     assert (found.seconds, found.trl_seconds) == (1.5, 3.5)
     assert (found.time_ratio, found.low, found.high) == (3.5 / 1.5, 2.0, 4.0)
     assert found.memory_ratio == 60 / 100
+    assert found.layout == "shared_prompt"
     batch = [Group(3, (2, 2))] * cases.PAIRS
     assert found.fraction_of_limit == pytest.approx(limit.step_flops(case, batch) / 1e9 / 1.5)
     assert set(report.entry(found)) == {"case", "time_ratio", "memory_ratio", "fraction_of_limit"}
