@@ -1,6 +1,7 @@
 """From a row as its source wrote it to the columns that llmalign trains on."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +136,12 @@ def settle(
     leading = sources[LEADING[kind]] if kind in LEADING else next(iter(sources.values()))
     conversational = not text_cells and _is_conversation(checks.pick(first, leading), nested=kind == "groups")
     return Layout(kind, sources, conversational, watched)
+
+
+def has_columns(dataset: Iterable[Row], *columns: str) -> bool:
+    """Whether the rows of a data set or stream have all of the columns, by its first row."""
+    first = next(iter(dataset))
+    return all(column in first for column in columns)
 
 
 def _text_shape(sources: dict[str, Any], first: Row) -> dict[str, Any]:

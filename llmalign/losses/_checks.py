@@ -47,16 +47,37 @@ def pair_scores(scores: PairScores) -> None:
     """ValueError unless every log-probability is (B,) and of one dtype, float32 or float64, and every length (B,)."""
     given = {name: value for name, value in vars(scores).items() if value is not None}
     lengths = {name: given.pop(name) for name in ("chosen_lengths", "rejected_lengths") if name in given}
-    _one_form(given, 1, "(B,)")
+    one_form(given, 1, "(B,)")
     for name, value in lengths.items():
-        _same_shape(name, value, "chosen", scores.chosen)
+        same_shape(name, value, "chosen", scores.chosen)
 
 
 def group_scores(scores: GroupScores) -> None:
     """ValueError unless policy, reference and rewards are (P, K) of one dtype, as pairs are, and the mask (P, K)."""
-    _one_form({"policy": scores.policy, "reference": scores.reference, "rewards": scores.rewards}, 2, "(P, K)")
+    one_form({"policy": scores.policy, "reference": scores.reference, "rewards": scores.rewards}, 2, "(P, K)")
     if scores.mask is not None:
-        _same_shape("mask", scores.mask, "policy", scores.policy)
+        same_shape("mask", scores.mask, "policy", scores.policy)
+
+
+def one_form(tensors: dict[str, Tensor], dimensions: int, shape: str) -> None:
+    """ValueError unless every tensor has as many dimensions, one shape and one dtype, float32 or float64."""
+    first, anchor = next(iter(tensors.items()))
+    if anchor.dim() != dimensions:
+        raise ValueError(f"{first} must have shape {shape}, got {tuple(anchor.shape)}.")
+    if anchor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{first} must be float32 or float64, got {anchor.dtype}: sum log-probabilities in float32.")
+    for name, value in tensors.items():
+        same_shape(name, value, first, anchor)
+        if value.dtype != anchor.dtype:
+            raise ValueError(f"{name} must have the dtype of {first}, {anchor.dtype}, got {value.dtype}.")
+
+
+def same_shape(name: str, value: Tensor, anchor_name: str, anchor: Tensor) -> None:
+    """ValueError that names both unless a tensor has the shape of another."""
+    if value.shape != anchor.shape:
+        raise ValueError(
+            f"{name} must have the shape of {anchor_name}, {tuple(anchor.shape)}, got {tuple(value.shape)}."
+        )
 
 
 def _is_finite_number(value: object) -> bool:
@@ -65,22 +86,3 @@ def _is_finite_number(value: object) -> bool:
 
 def _is_rate(value: float, soft: bool) -> bool:
     return 0 <= value <= 1 if soft else 0 <= value < 0.5
-
-
-def _one_form(tensors: dict[str, Tensor], dimensions: int, shape: str) -> None:
-    first, anchor = next(iter(tensors.items()))
-    if anchor.dim() != dimensions:
-        raise ValueError(f"{first} must have shape {shape}, got {tuple(anchor.shape)}.")
-    if anchor.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{first} must be float32 or float64, got {anchor.dtype}: sum log-probabilities in float32.")
-    for name, value in tensors.items():
-        _same_shape(name, value, first, anchor)
-        if value.dtype != anchor.dtype:
-            raise ValueError(f"{name} must have the dtype of {first}, {anchor.dtype}, got {value.dtype}.")
-
-
-def _same_shape(name: str, value: Tensor, anchor_name: str, anchor: Tensor) -> None:
-    if value.shape != anchor.shape:
-        raise ValueError(
-            f"{name} must have the shape of {anchor_name}, {tuple(anchor.shape)}, got {tuple(value.shape)}."
-        )

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from llmalign.trainers._trl import prepare_groups, prepare_pairs
 from llmalign.trainers.baselines import DPOTrainer, RewardTrainer, SFTTrainer
 from llmalign.trainers.configs import (
     CoPGConfig,
@@ -17,10 +16,12 @@ from llmalign.trainers.configs import (
 )
 from llmalign.trainers.copg import CoPGTrainer
 from llmalign.trainers.preference import INPOTrainer, PairTrainer, RDPOTrainer, RPOTrainer
+from llmalign.trainers.preference_model import PreferenceModelConfig, PreferenceModelTrainer
+from llmalign.trainers.preparation import prepare_groups, prepare_pairs
 
 __all__ = [
     "METHODS", "CoPGConfig", "CoPGTrainer", "DPOConfig", "DPOTrainer", "INPOConfig", "INPOTrainer", "Method",
-    "PairConfig", "PairTrainer", "RDPOConfig", "RDPOTrainer", "RPOConfig", "RPOTrainer", "RewardConfig",
+    "PairConfig", "PairTrainer", "PreferenceModelConfig", "PreferenceModelTrainer", "RDPOConfig", "RDPOTrainer", "RPOConfig", "RPOTrainer", "RewardConfig",
     "RewardTrainer", "SFTConfig", "SFTTrainer", "prepare_groups", "prepare_pairs",
 ]  # fmt: skip
 
@@ -46,5 +47,6 @@ METHODS = {
         Method("dpo", DPOTrainer, DPOConfig, "pairs"),
         Method("sft", SFTTrainer, SFTConfig, "text"),
         Method("reward", RewardTrainer, RewardConfig, "pairs"),
+        Method("preference", PreferenceModelTrainer, PreferenceModelConfig, "pairs"),
     )
 }

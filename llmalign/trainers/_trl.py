@@ -3,28 +3,33 @@
 import contextlib
 import copy
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOTrainer, ModelConfig
+from trl import DPOTrainer, RLOOTrainer
 from trl.data_utils import _tokenize, common_prefix_length
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, use_adapter
 
 from llmalign.data.collators import PairCollator
 from llmalign.errors import UserError
+from llmalign.rewards.functions import Guarded, guard
 from llmalign.trainers.alarms import AlarmCallback
 from llmalign.trainers.batching import MicroBatchMixin
 from llmalign.trainers.checkpoint import SafeCheckpointMixin
-from llmalign.trainers.loading import load_tokenizer, refuse_vision, require_chat_template
+from llmalign.trainers.loading import load_tokenizer, refuse_vision
 from llmalign.trainers.pair import PairTrainerMixin
 from llmalign.trainers.references import References
+from llmalign.trainers.rollouts import Rollout, RolloutMixin, groups_of, load_state, save_state
+from llmalign.trainers.startup import best_of_first_set, brings_references, refuse_adapter_dropout
 from llmalign.trainers.text_scores import TextScores
 from llmalign.types import PairScores, PromptGroups
 
@@ -33,224 +38,40 @@ logger = logging.getLogger(__name__)
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
-def _map_options(dataset: AnyDataset, num_proc: int | None, description: str) -> dict[str, Any]:
-    """Streams know neither worker processes nor a progress bar."""
-    return {"num_proc": num_proc, "desc": description} if isinstance(dataset, Dataset) else {}
-
-
-def _has_columns(dataset: AnyDataset, *columns: str) -> bool:
-    first = next(iter(dataset))
-    return all(column in first for column in columns)
-
-
-def _with_row_ids(dataset: AnyDataset, num_proc: int | None) -> AnyDataset:
-    if _has_columns(dataset, "row_id"):
-        return dataset
-    return dataset.map(
-        lambda _, index: {"row_id": index}, with_indices=True, **_map_options(dataset, num_proc, "Numbering rows")
-    )
-
-
-def prepare_pairs(
-    dataset: AnyDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
-    num_proc: int | None = None,
-    name: str = "train",
+def prepare_as_dpo(
+    dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, num_proc: int | None, name: str
 ) -> AnyDataset:
-    """Prepare preference rows as TRL does: implicit prompt split out, EOS added, tokenized; too long prompts dropped.
-
-    Adds `row_id`, `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of ids, untruncated, EOS included) and, where the
-    rows have a `base` column, `base_ids`. Rows already prepared come back as they are. Raises UserError for
-    conversational rows without a chat template. Not covered: images.
-    """
-    if _has_columns(dataset, "row_id", "prompt_ids", "chosen_ids", "rejected_ids"):
-        return dataset
-    first = next(iter(dataset))
-    require_chat_template(tokenizer, first)
+    """What TRL's DPOTrainer makes of preference rows, without a trainer."""
     options = SimpleNamespace(dataset_num_proc=num_proc, max_length=max_length, truncation_mode="keep_start")
-    prepared = DPOTrainer._prepare_dataset(
-        SimpleNamespace(_tokenizer=tokenizer), _with_row_ids(dataset, num_proc), tokenizer, options, name
-    )
-    if "base" in first:
-        prepared = prepared.map(
-            lambda row: {"base_ids": _completion_ids(tokenizer, row["prompt"], row["base"], row["prompt_ids"])},
-            **_map_options(prepared, num_proc, f"Tokenizing the base column of {name}"),
-        )
-    return prepared
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    return DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, options, name)
 
 
-def prepare_groups(
-    dataset: AnyDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
-    num_proc: int | None = None,
-    name: str = "train",
-) -> AnyDataset:
-    """Prepare rows of scored completions: adds `row_id`, `prompt_ids` and `completion_ids` (k lists, EOS included).
-
-    Rows whose prompt alone fills `max_length` are dropped, as TRL does for pairs. Rows already prepared come back as
-    they are. Raises UserError for conversational rows without a chat template.
-    """
-    if _has_columns(dataset, "row_id", "prompt_ids", "completion_ids"):
-        return dataset
-    require_chat_template(tokenizer, next(iter(dataset)))
-
-    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
-        conversational = isinstance(row["prompt"], list)
-        options = {"add_generation_prompt": True} if conversational else {}
-        prompt_ids = _tokenize(tokenizer, row["prompt"], **options)["input_ids"]
-        full = [_full_ids(tokenizer, row["prompt"], completion) for completion in row["completions"]]
-        length = min(common_prefix_length(prompt_ids, ids) for ids in full)
-        return {"prompt_ids": prompt_ids[:length], "completion_ids": [ids[length:] for ids in full]}
-
-    numbered = _with_row_ids(dataset, num_proc)
-    prepared = numbered.map(tokenize, **_map_options(numbered, num_proc, f"Tokenizing {name}"))
-    if max_length is None:
-        return prepared
-    return prepared.filter(
-        lambda row: len(row["prompt_ids"]) < max_length,
-        **_map_options(prepared, num_proc, f"Dropping prompts that fill max_length from {name}"),
-    )
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: Any, **options: Any) -> list[int]:
+    """Token ids of a text, or of a conversation under the chat template, as TRL makes them."""
+    return _tokenize(tokenizer, text, **options)["input_ids"]
 
 
-def _full_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> list[int]:
-    if isinstance(prompt, list):
-        return _tokenize(tokenizer, prompt + completion)["input_ids"]
-    end = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-    return _tokenize(tokenizer, prompt + completion + end)["input_ids"]
+def shared_length(ids: list[int], other_ids: list[int]) -> int:
+    """How many tokens two lists have in common from their beginning on."""
+    return common_prefix_length(ids, other_ids)
 
 
-def _completion_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, prompt_ids: list[int]
-) -> list[int]:
-    full = _full_ids(tokenizer, prompt, completion)
-    if full[: len(prompt_ids)] != prompt_ids:
-        raise UserError(
-            "a base response changes how its prompt is tokenized, so it cannot share the pair's prompt; "
-            "end the prompt on a token boundary"
-        )
-    return full[len(prompt_ids) :]
+class FrozenModels:
+    """Models beside the policy that are scored and never trained, as TRL keeps its reference; mixed into a trainer."""
 
-
-class NamedEvaluations:
-    """Gives TRL's own evaluation metrics the name of their set, which TRL leaves out: sets overwrite each other."""
-
-    _metrics: dict[str, Any]
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Run the evaluation and rename what TRL's `log` will put `eval_` before."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
-        name = metric_key_prefix.removeprefix("eval").removeprefix("_")
-        if name:
-            named = {f"{name}_{key}": values for key, values in self._metrics["eval"].items()}
-            self._metrics["eval"].clear()
-            self._metrics["eval"].update(named)
-        return output
-
-
-class PairBase(SafeCheckpointMixin, TextScores, References, MicroBatchMixin, PairTrainerMixin, DPOTrainer):
-    """TRL's DPOTrainer with its loss replaced by a pure function of scores.
-
-    Data preparation, reference handling, PEFT, saving and the model card stay TRL's. Raises UserError for
-    vision-language models and for the auxiliary loss of mixtures of experts, which it would leave out in silence.
-    """
-
-    train_dataset: Any
-    eval_dataset: Any
-    _signature_columns: Any
-    _precompute_engine: Any
-    #: what makes a batch of this trainer's rows
-    collator: type = PairCollator
-    #: columns beyond TRL's that reach the collator
-    batch_columns = [
-        "row_id", "last_chosen_logps", "last_rejected_logps", "flipped", "completion_ids", "rewards", "base_ids",
-        "ref_logps",
-    ]  # fmt: skip
-
-    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        if args is None:
-            raise UserError(f"{type(self).__name__} needs its config as `args`")
-        if kwargs.pop("compute_metrics", None) is not None:
-            raise UserError("compute_metrics would need full logits, which are never built; use the logged metrics")
-        tokenizer = kwargs.get("processing_class")
-        if tokenizer is None:
-            tokenizer = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise UserError("vision-language models are not supported: pass a text model and its tokenizer")
-        kwargs["processing_class"] = tokenizer
-        if kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = self.collator(max_length=args.max_length)
-        _no_adapter_dropout(kwargs.get("peft_config"))
-        _best_of_first_set(args, kwargs.get("eval_dataset"))
-        if ref_model is None and args.ref_model_name_or_path is not None:
-            ref_model = load_frozen(args.ref_model_name_or_path, args)
-        self.explicit_reference = ref_model is not None
-        self.start_may_differ = "another reference was given" if self.explicit_reference else None
-        if _reference_columns(kwargs["train_dataset"], kwargs.get("eval_dataset")):
-            if self.explicit_reference:
-                raise UserError("the reference is given twice: by ref_chosen_logps columns and by a model; drop one")
-            self.start_may_differ = "the reference's log-probs come from columns"
-        if ref_model is None and isinstance(model, PreTrainedModel) and not model.config._name_or_path:
-            if kwargs.get("peft_config") is None:
-                ref_model = copy.deepcopy(model)  # built in memory: there is no path to load the reference from
-        wanted, args.precompute_ref_log_probs = args.precompute_ref_log_probs, True  # so that TRL loads no reference
-        super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
-        args.precompute_ref_log_probs = wanted
-        refuse_vision(self.model.config)
-        if self.aux_loss_enabled:
-            raise UserError(
-                "the auxiliary loss of mixtures of experts is not part of these losses; set router_aux_loss_coef: 0"
-            )
-        self.start_scoring(self.model, tokenizer.pad_token_id)
-        if self.ref_model is not None:
-            self.scorer.attach(self.accelerator.unwrap_model(self.ref_model))
-        self.add_references(wanted)
-        self.add_callback(AlarmCallback.from_args(args, self.train_dataset, self.eval_dataset))
-        logger.info("%s: %s.", type(self).__name__, args.choices)
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        return prepare_pairs(
-            dataset, self._tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc, name=dataset_name
-        )
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """TRL asks while it is built, before anything can be scored, and for a set given to `evaluate`."""
-        return self.with_references(dataset, name) if self._ready else dataset
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self.batch_columns]))
-
-    def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores:
-        """Policy and reference log-probs of a batch of pairs, (B,) each."""
-        groups: PromptGroups = inputs["groups"]
-        policy = self.policy_logps(model, groups).reshape(len(groups), -1)
-        reference = self.reference_logps(inputs).reshape(len(groups), -1)
-        lengths = torch.tensor(groups.lengths(), device=policy.device).reshape(len(groups), -1)
-        return PairScores(
-            chosen=policy[:, 0],
-            rejected=policy[:, 1],
-            ref_chosen=reference[:, 0],
-            ref_rejected=reference[:, 1],
-            base=policy[:, 2] if policy.shape[1] > 2 else None,
-            chosen_lengths=lengths[:, 0],
-            rejected_lengths=lengths[:, 1],
-        )
-
-    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Reference log-probs of the chosen and of the rejected responses of a batch, (B,) each."""
-        logps = self.frozen_logps(model, inputs["groups"].first(2), self.reference_adapter)
-        return tuple(logps.reshape(-1, 2).unbind(dim=1))
+    accelerator: Any
+    args: Any
+    model: Any
+    scorer: Any
+    is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
+    policy_logps: Any
+    _precompute_engine: Any = None
 
     def frozen_logps(self, model: nn.Module, groups: PromptGroups, adapter: str | None = None) -> Tensor:
         """Log-probs (N,) without gradients; `adapter` names the one to use, None switches adapters off."""
-        context = contextlib.nullcontext()
-        if isinstance(self.accelerator.unwrap_model(model), PeftModel):
-            context = use_adapter(self.accelerator.unwrap_model(model), adapter)
-        with torch.no_grad(), context, self.accelerator.autocast():
+        with torch.no_grad(), self.as_adapter(model, adapter), self.accelerator.autocast():
             return self.policy_logps(model, groups)
 
     @property
@@ -295,6 +116,243 @@ class PairBase(SafeCheckpointMixin, TextScores, References, MicroBatchMixin, Pai
             return prepare_fsdp(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
+    @contextlib.contextmanager
+    def as_adapter(self, model: nn.Module, adapter: str | None) -> Iterator[None]:
+        """Let a model with adapters use another one, or none; nothing else changes, and no other model at all."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        with use_adapter(unwrapped, adapter) if isinstance(unwrapped, PeftModel) else contextlib.nullcontext():
+            yield
+
+
+class PairBase(
+    SafeCheckpointMixin, FrozenModels, TextScores, References, MicroBatchMixin, PairTrainerMixin, DPOTrainer
+):
+    """TRL's DPOTrainer with its loss replaced by a pure function of scores.
+
+    Data preparation, reference handling, PEFT, saving and the model card stay TRL's. Raises UserError for
+    vision-language models and for the auxiliary loss of mixtures of experts, which it would leave out in silence.
+    """
+
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: Any
+    _precompute_engine: Any
+    #: what tokenizes this trainer's rows, and what makes a batch of them
+    prepare: Callable[..., AnyDataset]
+    collator: type = PairCollator
+    #: columns beyond TRL's that reach the collator
+    batch_columns = [
+        "row_id", "last_chosen_logps", "last_rejected_logps", "flipped", "completion_ids", "rewards", "base_ids",
+        "ref_logps",
+    ]  # fmt: skip
+
+    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
+        if args is None:
+            raise UserError(f"{type(self).__name__} needs its config as `args`")
+        if kwargs.pop("compute_metrics", None) is not None:
+            raise UserError("compute_metrics would need full logits, which are never built; use the logged metrics")
+        tokenizer = kwargs.get("processing_class")
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise UserError("vision-language models are not supported: pass a text model and its tokenizer")
+        kwargs["processing_class"] = tokenizer
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = self.collator(max_length=args.max_length)
+        refuse_adapter_dropout(kwargs.get("peft_config"))
+        best_of_first_set(args, kwargs.get("eval_dataset"))
+        if ref_model is None and args.ref_model_name_or_path is not None:
+            ref_model = load_frozen(args.ref_model_name_or_path, args)
+        self.explicit_reference = ref_model is not None
+        self.start_may_differ = "another reference was given" if self.explicit_reference else None
+        if brings_references(kwargs["train_dataset"], kwargs.get("eval_dataset")):
+            if self.explicit_reference:
+                raise UserError("the reference is given twice: by ref_chosen_logps columns and by a model; drop one")
+            self.start_may_differ = "the reference's log-probs come from columns"
+        if ref_model is None and isinstance(model, PreTrainedModel) and not model.config._name_or_path:
+            if kwargs.get("peft_config") is None:
+                ref_model = copy.deepcopy(model)  # built in memory: there is no path to load the reference from
+        wanted, args.precompute_ref_log_probs = args.precompute_ref_log_probs, True  # so that TRL loads no reference
+        super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
+        args.precompute_ref_log_probs = wanted
+        refuse_vision(self.model.config)
+        if self.aux_loss_enabled:
+            raise UserError(
+                "the auxiliary loss of mixtures of experts is not part of these losses; set router_aux_loss_coef: 0"
+            )
+        self.start_scoring(self.model, tokenizer.pad_token_id)
+        if self.ref_model is not None:
+            self.scorer.attach(self.accelerator.unwrap_model(self.ref_model))
+        self.add_references(wanted)
+        self.add_callback(AlarmCallback.from_args(args, self.train_dataset, self.eval_dataset))
+        logger.info("%s: %s.", type(self).__name__, args.choices)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        return type(self).prepare(
+            dataset, self._tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc, name=dataset_name
+        )
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL asks while it is built, before anything can be scored, and for a set given to `evaluate`."""
+        return self.with_references(dataset, name) if self._ready else dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self.batch_columns]))
+
+    def scores(self, model: nn.Module, inputs: dict[str, Any]) -> PairScores:
+        """Policy and reference log-probs of a batch of pairs, (B,) each."""
+        groups: PromptGroups = inputs["groups"]
+        policy = self.policy_logps(model, groups).reshape(len(groups), -1)
+        reference = self.reference_logps(inputs).reshape(len(groups), -1)
+        lengths = torch.tensor(groups.lengths(), device=policy.device).reshape(len(groups), -1)
+        return PairScores(
+            chosen=policy[:, 0],
+            rejected=policy[:, 1],
+            ref_chosen=reference[:, 0],
+            ref_rejected=reference[:, 1],
+            base=policy[:, 2] if policy.shape[1] > 2 else None,
+            chosen_lengths=lengths[:, 0],
+            rejected_lengths=lengths[:, 1],
+        )
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Reference log-probs of the chosen and of the rejected responses of a batch, (B,) each."""
+        logps = self.frozen_logps(model, inputs["groups"].first(2), self.reference_adapter)
+        return tuple(logps.reshape(-1, 2).unbind(dim=1))
+
+
+class SampledBase(SafeCheckpointMixin, FrozenModels, RolloutMixin, RLOOTrainer):
+    """TRL's RLOOTrainer, whose sampling (vLLM included), rewards and logs stay, with its loss replaced.
+
+    Of TRL's own methods three are changed: `_calculate_rewards` keeps the raw rewards, the per-token scores read each
+    prompt once for its completions, and what `_generate_and_score_completions` returns is put in groups, so that the
+    shuffle after it moves whole ones. A checkpoint in the middle of a rollout holds the rollout. `ref_model` is another
+    frozen model than the one that training starts from. Not covered: images, tools.
+    """
+
+    _name = "Sampled"
+    _tag_names = ["llmalign"]
+    _scored: Tensor
+    _raw_rewards: Tensor
+
+    def __init__(self, model: Any, reward_funcs: Any, args: Any, *, ref_model: Any = None, **kwargs: Any) -> None:
+        tokenizer = kwargs.get("processing_class")
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise UserError("vision-language models are not supported: pass a text model and its tokenizer")
+        kwargs["processing_class"] = tokenizer
+        refuse_adapter_dropout(kwargs.get("peft_config"))
+        given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        reward_funcs = [one if isinstance(one, (str, nn.Module)) else guard(one) for one in given]
+        if ref_model is None and args.ref_model_name_or_path is not None:
+            ref_model = load_frozen(args.ref_model_name_or_path, args)
+        self.start_may_differ = "another reference was given" if ref_model is not None else None
+        if ref_model is None and isinstance(model, PreTrainedModel) and not model.config._name_or_path:
+            if kwargs.get("peft_config") is None:
+                ref_model = copy.deepcopy(model)  # built in memory: there is no path to load the reference from
+        wanted, args.beta = args.beta, 0.0  # so that TRL loads no reference and mixes no divergence into the rewards
+        super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
+        args.beta = wanted
+        refuse_vision(self.model.config)
+        if self.aux_loss_enabled:
+            raise UserError(
+                "the auxiliary loss of mixtures of experts is not part of these losses; set router_aux_loss_coef: 0"
+            )
+        self.start_scoring(self.model, tokenizer.pad_token_id)
+        if ref_model is not None:
+            self.ref_model = self.freeze(ref_model)
+        elif self.needs_reference and not isinstance(self.model, PeftModel):
+            self.ref_model = self.load_start()
+        logger.info("%s: %s.", type(self).__name__, args.choices)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        """Log-probs (N, T) of the completions under the sampler; TRL asks for them once, when it has sampled."""
+        start = input_ids.shape[1] - logits_to_keep
+        size = self.group_size
+        ids = {
+            "prompt_ids": input_ids[::size, :start],
+            "prompt_mask": attention_mask[::size, :start],
+            "completion_ids": input_ids[:, start:].unflatten(0, (-1, size)),
+            "completion_mask": attention_mask[:, start:].unflatten(0, (-1, size)),
+        }
+        if self.needs_proposal:
+            self._scored = self.frozen_token_logps(model, ids)
+        else:
+            self._scored = torch.zeros(ids["completion_ids"].shape, device=input_ids.device)
+        return self._scored.flatten(0, 1), None, None
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        self._raw_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._raw_rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> Rollout:
+        batch = super()._generate_and_score_completions(inputs)
+        size = self.group_size
+        rollout = {key: batch[key][::size] for key in ("prompt_ids", "prompt_mask")}
+        rollout |= {key: batch[key].unflatten(0, (-1, size)) for key in ("completion_ids", "completion_mask")}
+        rollout["token_old"] = self._scored
+        rollout["rewards"], rollout["mask"] = self._own_rewards(len(inputs), size)
+        if not self.needs_reference:
+            rollout["token_reference"] = torch.zeros_like(self._scored)
+        elif self.ref_model is not None:
+            rollout["token_reference"] = self.frozen_token_logps(self.ref_model, rollout)
+        else:
+            with self.as_adapter(self.model, self.reference_adapter):
+                rollout["token_reference"] = self.frozen_token_logps(self.model, rollout)
+        rollout["weights"] = self.keep(rollout["mask"])
+        return rollout | self.judge(rollout, self._scores(rollout, rollout["token_old"]))
+
+    def _own_rewards(self, rows: int, size: int) -> tuple[Tensor, Tensor]:
+        """Raw rewards (P, K) of this rank's rows, weighted over the functions, and which rows have one."""
+        start = self.accelerator.process_index * rows
+        own = self._raw_rewards[start : start + rows]
+        total = (own * self.reward_weights.to(own.device)).nansum(dim=1)
+        usable = ~torch.isnan(own).all(dim=1)
+        for function in self.reward_funcs:
+            if isinstance(function, Guarded):
+                usable[[failure.row for failure in function.failed]] = False
+        return total.unflatten(0, (-1, size)), usable.unflatten(0, (-1, size))
+
+    @property
+    def group_size(self) -> int:
+        """Completions of a prompt, K."""
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def frozen_token_logps(self, model: nn.Module, rollout: Rollout) -> Tensor:
+        """Log-probs (P, K, T) without gradients, as many rows at a time as a micro-batch has."""
+        groups, width = groups_of(rollout), rollout["completion_ids"].shape[2]
+        mode_rows = (
+            self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        )
+        at_a_time = max(mode_rows // self.group_size, 1)
+        with torch.no_grad(), self.accelerator.autocast():
+            parts = [
+                self.token_logps(model, groups.take(range(start, min(start + at_a_time, len(groups)))), width)
+                for start in range(0, len(groups), at_a_time)
+            ]
+        return torch.cat(parts).view(rollout["completion_ids"].shape)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        save_state(
+            self._state_file(output_dir), {"step": self._step, "buffer": self._buffered_inputs} | self.own_state()
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            state = load_state(self._state_file(checkpoint))
+            self._step = state.pop("step")
+            self._buffered_inputs = send_to_device(state.pop("buffer"), self.accelerator.device)
+            self.load_own_state(state)
+
+    def _state_file(self, folder: str) -> Path:
+        return Path(folder) / f"rollout_{self.args.process_index}.pt"
+
 
 def load_frozen(path: str, args: Any, quantization_config: Any = None) -> PreTrainedModel:
     """Load a model as the policy is loaded (`args.model_init_kwargs`, without its revision), to be used as it is.
@@ -325,31 +383,3 @@ def continue_adapter(model: Any, adapter: str, args: Any, quantization_config: A
         return PeftModel.from_pretrained(base, adapter, is_trainable=True)
     except (OSError, ValueError) as error:
         raise UserError(f"no adapter could be loaded from {adapter!r}; check last_adapter") from error
-
-
-def _reference_columns(train: AnyDataset, evaluation: Any) -> bool:
-    """Whether the rows bring their reference log-probs; all data sets must agree."""
-    sets = [train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
-    found = [_has_columns(rows, "ref_chosen_logps", "ref_rejected_logps") for rows in sets if rows is not None]
-    if any(found) and not all(found):
-        raise UserError("ref_chosen_logps and ref_rejected_logps must be in every data set, or in none")
-    return all(found)
-
-
-def _no_adapter_dropout(peft_config: Any) -> None:
-    """All dropout is off while scoring; an explicit dropout of the adapter would be ignored in silence."""
-    if not isinstance(peft_config, LoraConfig) or peft_config.lora_dropout == 0:
-        return
-    if peft_config.lora_dropout != ModelConfig.lora_dropout:
-        raise UserError(
-            f"lora_dropout={peft_config.lora_dropout} is not honoured: dropout makes policy and reference differ; "
-            "set lora_dropout: 0"
-        )
-    logger.info("TRL's default lora_dropout of %g is switched off.", peft_config.lora_dropout)
-
-
-def _best_of_first_set(args: Any, eval_dataset: Any) -> None:
-    """Metrics of several evaluation sets carry the set's name, so a metric without one means the first."""
-    if isinstance(eval_dataset, dict) and args.metric_for_best_model == "rewards/accuracies":
-        args.metric_for_best_model = f"eval_{next(iter(eval_dataset))}_rewards/accuracies"
-        logger.info("The best checkpoint is picked by %s.", args.metric_for_best_model)

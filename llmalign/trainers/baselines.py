@@ -1,9 +1,26 @@
 """TRL's own trainers with this project's checkpoints, data and recipes: everybody needs them first."""
 
+from typing import Any
+
 import trl
 
-from llmalign.trainers._trl import NamedEvaluations
 from llmalign.trainers.checkpoint import SafeCheckpointMixin
+
+
+class NamedEvaluations:
+    """Gives TRL's own evaluation metrics the name of their set, which TRL leaves out: sets overwrite each other."""
+
+    _metrics: dict[str, Any]
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Run the evaluation and rename what TRL's `log` will put `eval_` before."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        name = metric_key_prefix.removeprefix("eval").removeprefix("_")
+        if name:
+            named = {f"{name}_{key}": values for key, values in self._metrics["eval"].items()}
+            self._metrics["eval"].clear()
+            self._metrics["eval"].update(named)
+        return output
 
 
 class DPOTrainer(SafeCheckpointMixin, NamedEvaluations, trl.DPOTrainer):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from llmalign import losses
 from llmalign.data.collators import GroupCollator
 from llmalign.errors import UserError
-from llmalign.trainers._trl import PairBase, prepare_groups
+from llmalign.trainers._trl import PairBase
 from llmalign.trainers.configs import CoPGConfig
+from llmalign.trainers.preparation import prepare_groups
 from llmalign.types import GroupScores, PromptGroups
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class CoPGTrainer(PairBase):
     mean and deviation from the training set and uses them for evaluation too. Not covered: streams with `dataset`.
     """
 
+    prepare = staticmethod(prepare_groups)
     collator = GroupCollator
     optional_metrics = frozenset({"rewards/accuracies"})
     reference_columns = ("ref_logps",)
@@ -42,11 +44,6 @@ class CoPGTrainer(PairBase):
                 raise UserError("all rewards are equal, so there is nothing to learn and nothing to normalise")
             self.reward_mean, self.reward_std = rewards.mean().item(), rewards.std().item()
             logger.info("Rewards are normalised with mean %.4g, deviation %.4g.", self.reward_mean, self.reward_std)
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        return prepare_groups(
-            dataset, self._tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc, name=dataset_name
-        )
 
     def referred(self, groups: PromptGroups) -> PromptGroups:
         """The reference scores every completion."""

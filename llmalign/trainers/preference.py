@@ -20,6 +20,7 @@ from llmalign.errors import UserError
 from llmalign.scores.sampling import sample_completions
 from llmalign.trainers._trl import PairBase, continue_adapter, load_frozen
 from llmalign.trainers.configs import INPOConfig, PairConfig, RDPOConfig, RPOConfig
+from llmalign.trainers.preparation import prepare_pairs
 from llmalign.types import PairScores
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,13 @@ _LAST_SOURCES = {
 }
 
 
-class PairTrainer(PairBase):
+class PreferenceBase(PairBase):
+    """Trains on rows of a prompt, a chosen and a rejected response."""
+
+    prepare = staticmethod(prepare_pairs)
+
+
+class PairTrainer(PreferenceBase):
     """Trains with any pairwise loss of `llmalign.losses` that needs policy and reference alone (`args.loss`)."""
 
     _name = "Pair"
@@ -58,7 +65,7 @@ class PairTrainer(PairBase):
         return {self.args.loss: self._loss(scores, **self._hyper_parameters)}
 
 
-class RPOTrainer(PairBase):
+class RPOTrainer(PreferenceBase):
     """DPO plus `-eta*beta*log pi(base | prompt)`, with the base response chosen by `args.base` (arXiv 2405.16436).
 
     `base="reference"` draws one response a prompt from the reference before training and keeps it in
@@ -132,7 +139,7 @@ class RPOTrainer(PairBase):
         return [parts[i % world][i // world] for i in range(len(prompts))]
 
 
-class RDPOTrainer(PairBase):
+class RDPOTrainer(PreferenceBase):
     """DPO's loss made unbiased under labels that are flipped at `args.flip_rate` (arXiv 2403.00409).
 
     With `flip_rate="estimate"` the rate is fitted to an independent scorer's margins before training and said.
@@ -166,7 +173,7 @@ class RDPOTrainer(PairBase):
         return estimate.rate
 
 
-class INPOTrainer(PairBase):
+class INPOTrainer(PreferenceBase):
     """One INPO iteration: squared loss on sums against the reference and the previous iterate (arXiv 2407.00617).
 
     The previous iterate is, in this order: columns `last_chosen_logps` and `last_rejected_logps`;

@@ -1,0 +1,109 @@
+"""Configs of the on-policy methods: TRL's sampling options, and what the loss and the reward of each need."""
+
+from dataclasses import dataclass, field
+
+import torch
+import trl
+
+from llmalign.errors import UserError
+from llmalign.scores.scoring import AUTO, KINDS
+from llmalign.trainers.configs import _CHECKPOINTING, _NAN_FILTER, _Chosen, _positive, refuse_inherited, require
+
+_NOT_HONOURED = {
+    "epsilon": "the ratio is not clipped in this loss",
+    "epsilon_high": "the ratio is not clipped in this loss",
+    "normalize_advantages": "the method says how its advantages are scaled",
+    "reward_clip_range": "clip in the reward function, or set reward_clip of the methods that have it",
+    "sync_ref_model": "the reference is frozen",
+    "ref_model_mixup_alpha": "the reference is frozen",
+    "ref_model_sync_steps": "the reference is frozen",
+    "router_aux_loss_coef": "the auxiliary loss of mixtures of experts is not part of these losses",
+    "use_liger_kernel": "TRL deprecates it; use model_init_kwargs {use_kernels: true}",
+    "disable_dropout": "dropout makes policy and sampler differ before the first step",
+    "neftune_noise_alpha": "noise in the embeddings makes policy and sampler differ before the first step",
+    "label_smoothing_factor": "there are no labels",
+    "use_transformers_paged": "use vLLM on a GPU, or TRL's ordinary generation",
+}
+
+
+@dataclass
+class SampledConfig(_Chosen, trl.RLOOConfig):
+    """What all on-policy methods share; inherited fields that they would ignore are refused unless at default.
+
+    `per_device_train_batch_size` counts completions and must hold whole groups of `num_generations`. Raises UserError
+    for continuous batching on a CPU or on float32 weights: it is slower there, and casts the weights that are trained.
+    """
+
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": _CHECKPOINTING})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": _NAN_FILTER})
+    disable_dropout: bool = field(default=True, metadata={"help": "Dropout is always off here."})
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Functions by import path: package.module:function or file.py:function."}
+    )
+    reward_models: list[str] | None = field(default=None, metadata={"help": "Reward models, each a path or Hub name."})
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Another reference than the model that training starts from."}
+    )
+    scoring: str = field(
+        default=AUTO, metadata={"help": "auto, shared_prompt (prompts read once), padding_free or padded."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Prompts of more tokens are dropped from the data, and counted; open: none."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+
+    def __post_init__(self) -> None:
+        refuse_inherited(self, {**_NOT_HONOURED, **self._unused()})
+        self.disable_dropout = True
+        self._whole_groups("per_device_train_batch_size", self.num_generations)
+        if self.eval_strategy != "no":
+            self._whole_groups("per_device_eval_batch_size", self.num_generations_eval or self.num_generations)
+        super().__post_init__()
+        require(self.scoring in KINDS, "scoring", self.scoring, f"one of {', '.join(KINDS)}")
+        _positive(self, "beta", "temperature", "max_completion_length")
+        if self.max_prompt_length is not None:
+            _positive(self, "max_prompt_length")
+        if self.use_transformers_continuous_batching:
+            floats = (self.model_init_kwargs or {}).get("dtype", "float32") in ("float32", torch.float32)
+            if self.use_cpu or floats:
+                where = "on a CPU" if self.use_cpu else "with float32 weights"
+                raise UserError(
+                    f"use_transformers_continuous_batching is refused {where}: it is slower there and casts the "
+                    "weights that are trained; leave it off, or use vLLM"
+                )
+        if self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1:
+            self.choices += ", log-probs of the distribution before top_p, top_k, min_p and repetition_penalty"
+
+    def _whole_groups(self, name: str, size: int) -> None:
+        require(getattr(self, name) % size == 0, name, getattr(self, name), f"a multiple of num_generations, {size}")
+
+    def _unused(self) -> dict[str, str]:
+        """Inherited fields that this method's loss has no place for."""
+        return {}
+
+
+@dataclass
+class MDPOConfig(SampledConfig):
+    """MDPO (arXiv 2005.09814): KL-regularised steps from the sampler, several to a rollout, with a falling step size.
+
+    `beta` is the weight of the divergence from the frozen reference inside the reward. Raises UserError for fewer than
+    two steps a rollout: at the sampler itself the divergence has no gradient, so one step is plain policy gradient.
+    """
+
+    beta: float = field(default=0.05, metadata={"help": "Weight of the log-ratio to the reference in the reward."})
+    step_size: float = field(default=1.0, metadata={"help": "t of the first rollout, in standardised advantages."})
+    step_size_floor: float = field(default=0.05, metadata={"help": "t of the last rollouts; t falls linearly to it."})
+    num_iterations: int = field(default=4, metadata={"help": "Passes over a rollout, m."})
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "step_size", "step_size_floor")
+        require(self.step_size_floor <= self.step_size, "step_size_floor", self.step_size_floor, "at most step_size")
+        steps = self.num_iterations * self.steps_per_generation / self.gradient_accumulation_steps
+        require(
+            steps >= 2,
+            "num_iterations",
+            self.num_iterations,
+            "at least 2, so that a rollout serves two steps: with one, MDPO is plain policy gradient",
+        )

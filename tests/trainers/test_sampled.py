@@ -1,0 +1,154 @@
+"""What the on-policy trainers share: the rollout in groups, its scores, rewards, weights; resuming; bad input."""
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from llmalign.errors import UserError
+from llmalign.trainers.rollouts import groups_of
+from llmalign.trainers.sampled_configs import MDPOConfig
+from tests.trainers import sampled_runs as runs
+from tests.trainers import tiny
+
+METHODS = sorted(runs.METHODS)
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def perturbed(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    return other
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_score_is_its_model_s_own(method, tmp_path):
+    start = tiny.model()
+    trainer = runs.build(method, tmp_path, model=copy.deepcopy(start), steps_per_generation=2)
+    trainer.start_may_differ = "the test moves the policy"
+    trainer.model.load_state_dict(perturbed(start).state_dict())
+    batch = runs.rollout(trainer)
+    with torch.no_grad():
+        scores = trainer.rollout_scores(trainer.model, batch)
+    groups = groups_of(batch)
+    assert scores.policy.shape == (2, 4) and [len(group) for group in groups.completions] == [4, 4]
+    assert len({tuple(p) for p in groups.prompts}) == 2  # two prompts, each with its whole group
+    for row, (prompt, completions) in enumerate(zip(groups.prompts, groups.completions, strict=True)):
+        for place, completion in enumerate(completions):
+            for name, model, wanted in (
+                ("policy", trainer.model, True),
+                ("old", trainer.model, trainer.needs_proposal),
+                ("reference", start, trainer.needs_reference),
+            ):
+                token_logps = getattr(scores, f"token_{name}")[row, place]
+                expected = runs.independent_logps(model, prompt, completion) if wanted else torch.zeros(len(completion))
+                assert torch.allclose(token_logps[: len(completion)].double(), expected.double(), atol=1e-4), name
+                assert not token_logps[len(completion) :].any()
+    assert torch.allclose(scores.policy, (scores.token_policy * scores.token_mask).sum(2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rewards_stay_with_their_completions_through_the_shuffle(method, tmp_path):
+    trainer = runs.build(method, tmp_path, steps_per_generation=3)
+    batch = runs.rollout(trainer)
+    for row, completions in enumerate(groups_of(batch).completions):
+        texts = trainer.processing_class.batch_decode(completions, skip_special_tokens=True)
+        expected = torch.tensor(runs.checksum(None, texts))
+        assert torch.allclose(batch["rewards"][row], expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_equals_one_batch(method, tmp_path):
+    whole = runs.build(method, tmp_path / "a", record=True)
+    parts = runs.build(
+        method, tmp_path / "b", record=True, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    whole.train()
+    parts.train()
+    assert losses_of(parts) == pytest.approx(losses_of(whole), rel=1e-4, abs=1e-6)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_anywhere_it_ends_at_the_same_weights(method, tmp_path):
+    """Steps 3 and 5 lie inside a rollout of two steps; the epoch has 6 steps, so 9 lies in the second."""
+    options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1, "num_iterations": 2}
+    whole = runs.build(method, tmp_path, **options)
+    whole.train()
+    assert runs.digest(whole.model) != runs.digest(tiny.model())
+    for step in (3, 6, 9):
+        resumed = runs.build(method, tmp_path, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert runs.digest(resumed.model) == runs.digest(whole.model), step
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_without_its_rollout_is_refused(method, tmp_path):
+    runs.build(method, tmp_path, save_strategy="steps", save_steps=1).train()
+    (tmp_path / "checkpoint-1" / "rollout_0.pt").unlink()
+    with pytest.raises(UserError, match="rollout_0.pt"):
+        runs.build(method, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_row_whose_reward_fails_is_masked_and_named(tmp_path, caplog):
+    calls = []
+
+    def fails_once(prompts, completions, **columns):
+        calls.append(len(prompts))
+        if any(text == completions[-1] for text in completions) and len(prompts) == 1 and len(calls) == 3:
+            raise ValueError("no such thing")
+        if len(prompts) > 1:
+            raise ValueError("a row is bad")
+        return [1.0]
+
+    trainer = runs.build("mdpo", tmp_path, reward=fails_once)
+    batch = runs.rollout(trainer)
+    assert batch["mask"].sum() == batch["mask"].numel() - 1
+    assert torch.isclose(batch["weights"].mean(), torch.tensor(1.0)) and not batch["weights"][~batch["mask"]].any()
+    assert "no such thing" in caplog.text and "row_id" in caplog.text
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert math.isfinite(loss.item())
+
+
+def test_lora_s_reference_is_the_model_without_its_adapter(tmp_path):
+    start = tiny.model()
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = runs.build("mdpo", tmp_path, model=copy.deepcopy(start), peft=lora, max_steps=4, learning_rate=0.05)
+    trainer.train()
+    assert trainer.ref_model is None
+    batch = runs.rollout(trainer)
+    prompt, completion = groups_of(batch).sequences()[1]
+    expected = runs.independent_logps(start, prompt, completion)
+    assert torch.allclose(batch["token_reference"][0, 1, : len(completion)].double(), expected, atol=1e-4)
+    assert not torch.allclose(batch["token_old"][0, 1, : len(completion)].double(), expected, atol=1e-2)
+
+
+def test_evaluation_samples_and_scores(tmp_path):
+    trainer = runs.build("mdpo", tmp_path, num_generations_eval=2, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate(eval_dataset=runs.prompts(6))
+    assert math.isfinite(metrics["eval_loss"]) and "eval_reward" in trainer.state.log_history[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"per_device_train_batch_size": 6}, "multiple of num_generations"),
+        ({"num_iterations": 1}, "plain policy gradient"),
+        ({"use_transformers_continuous_batching": True}, "continuous"),
+        ({"scoring": "quick"}, "scoring must be"),
+        ({"epsilon": 0.5}, "not honoured"),
+        ({"step_size_floor": 2.0}, "at most step_size"),
+        ({"beta": -1.0}, "beta"),
+    ],
+)
+def test_bad_values_are_refused(options, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        MDPOConfig(output_dir=str(tmp_path), use_cpu=True, **(runs.COMMON | {"num_iterations": 2} | options))
