@@ -128,8 +128,11 @@ class Scorer:
 
     def score(self, model: nn.Module, layout: Layout) -> Tensor:
         """Log-probs (N,) of a batch that is laid out, so that several models can score it."""
-        token_logps = model(**layout.inputs, scored=layout.scored, targets=layout.targets)
-        return completion_logps(token_logps, layout.lengths)
+        return completion_logps(self.token_logps(model, layout), layout.lengths)
+
+    def token_logps(self, model: nn.Module, layout: Layout) -> Tensor:
+        """Log-probs (S,) of the tokens of all completions, completion by completion."""
+        return model(**layout.inputs, scored=layout.scored, targets=layout.targets)
 
     def _kind_for(self, groups: PromptGroups) -> str:
         if self._window is None or self.kind == PADDED:

@@ -303,6 +303,7 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, RolloutMixin, RLOOTrainer):
         else:
             with self.as_adapter(self.model, self.reference_adapter):
                 rollout["token_reference"] = self.frozen_token_logps(self.model, rollout)
+        rollout = self.finish(rollout)
         rollout["weights"] = self.keep(rollout["mask"])
         return rollout | self.judge(rollout, self._scores(rollout, rollout["token_old"]))
 

@@ -41,9 +41,10 @@ class RolloutMixin(TextScores):
 
     A rollout is a dict of tensors whose first dimension is P, so that nothing that shuffles or splits it can part a
     group: `prompt_ids`, `prompt_mask` (P, S); `completion_ids`, `completion_mask`, `token_old`, `token_reference`
-    (P, K, T); `rewards`, `mask`, `weights` (P, K) and what `judge` adds. Rows that a method leaves out keep their place
-    and have weight 0: removing them would leave the ranks with unequal work. The loss of a rollout's micro-batches is
-    the weighted mean of its rows' losses, with weights made once a rollout from sums over all ranks.
+    (P, K, T); `rewards`, `mask`, `weights` (P, K; or P, where the loss is one number a prompt) and what `judge` adds.
+    Rows that a method leaves out keep their place and have weight 0: removing them would leave the ranks with unequal
+    work. The loss of a rollout's micro-batches is the weighted mean of its rows' losses, with weights made once a
+    rollout from sums over all ranks.
     """
 
     accelerator: Accelerator
@@ -57,12 +58,16 @@ class RolloutMixin(TextScores):
     _unique_tokens = 0
     _order: OrderByEpoch | None = None
 
+    def finish(self, rollout: Rollout) -> Rollout:
+        """The rollout that is trained on, made of a fresh one: as it is, or with others joined to it."""
+        return rollout
+
     def judge(self, rollout: Rollout, scores: RolloutScores) -> Rollout:
         """Tensors, P first, that the method adds to a fresh rollout (advantages, weights); all ranks call it."""
         return {}
 
     def rollout_loss(self, scores: RolloutScores, rollout: Rollout) -> Tensor:
-        """Losses (P, K) of the rows of a micro-batch, with gradients; their weighted mean is minimised."""
+        """Losses of a micro-batch, in the shape of its weights, with gradients; their weighted mean is minimised."""
         raise NotImplementedError
 
     def rollout_metrics(self, scores: RolloutScores, rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
@@ -137,7 +142,7 @@ class RolloutMixin(TextScores):
         return torch.zeros(places.shape, device=flat.device).masked_scatter(places, flat.float())
 
     def keep(self, rows: Tensor) -> Tensor:
-        """Weights (P, K) that leave out the rows where `rows` (P, K) is false, with mean 1 over all ranks' rows."""
+        """Weights that leave out where `rows`, of any shape, is false, with mean 1 over all ranks' rows."""
         rows = rows.float()
         kept, total = self.over_ranks(torch.stack([rows.sum(), torch.ones_like(rows).sum()]))
         return rows * (total / kept.clamp(min=1))

@@ -107,3 +107,31 @@ class MDPOConfig(SampledConfig):
             self.num_iterations,
             "at least 2, so that a rollout serves two steps: with one, MDPO is plain policy gradient",
         )
+
+
+@dataclass
+class OnlineCoPGConfig(SampledConfig):
+    """CoPG (arXiv 2406.19185) on sampled completions; beta is the paper's best for TL;DR."""
+
+    beta: float = field(default=0.06, metadata={"help": "Strength of the reference, in units of reward."})
+    normalize_rewards: str = field(
+        default="none", metadata={"help": "none, or group (zero mean, unit deviation a prompt)."}
+    )
+    replay_prompts: int = field(
+        default=0, metadata={"help": "Prompts of earlier rollouts that join each rollout of a rank; 0: none."}
+    )
+    replay_capacity: int = field(default=1024, metadata={"help": "Prompts that a rank keeps for that."})
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ("none", "group")
+        require(self.normalize_rewards in known, "normalize_rewards", self.normalize_rewards, "none or group")
+        require(self.replay_prompts >= 0, "replay_prompts", self.replay_prompts, "zero or more")
+        _positive(self, "replay_capacity")
+        if self.replay_prompts:
+            rule = f"a multiple of steps_per_generation, {self.steps_per_generation}"
+            whole = self.replay_prompts % self.steps_per_generation == 0
+            require(whole, "replay_prompts", self.replay_prompts, rule)
+            enough = self.replay_prompts <= self.replay_capacity
+            require(enough, "replay_prompts", self.replay_prompts, f"at most replay_capacity, {self.replay_capacity}")

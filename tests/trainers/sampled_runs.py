@@ -6,12 +6,15 @@ import random
 import torch
 from datasets import Dataset
 
+from llmalign.trainers.copg import OnlineCoPGTrainer
 from llmalign.trainers.mdpo import MDPOTrainer
-from llmalign.trainers.sampled_configs import MDPOConfig
+from llmalign.trainers.sampled_configs import MDPOConfig, OnlineCoPGConfig
 from tests.trainers import tiny
 
 METHODS = {
     "mdpo": (MDPOTrainer, MDPOConfig, {"num_iterations": 2}),
+    "copg": (OnlineCoPGTrainer, OnlineCoPGConfig, {}),
+    "copg-replay": (OnlineCoPGTrainer, OnlineCoPGConfig, {"replay_prompts": 6, "replay_capacity": 8}),
 }
 COMMON = {
     "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 10, "learning_rate": 1e-3,
