@@ -1,11 +1,14 @@
-"""`llmalign train`, `sweep`, `cache`, `doctor` and `quickstart`: one sentence where something is wrong."""
+"""`llmalign train`, `sweep`, `cache`, `doctor`, `reliability`, `quickstart`: one sentence where something is wrong."""
 
 import argparse
+import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,8 +21,9 @@ SOMETHING_WRONG = 1
 
 TRAIN_HELP = """\
 RECIPE is a YAML file, or one that is shipped, such as trainers/rpo/recipe.yaml. It names `method` (rpo, rdpo, inpo,
-copg, pair, dpo, sft, reward), `model_name_or_path` (a folder, a Hub name or embedded:tiny), `dataset_name` (a file, a
-folder, a Hub name or sample:pairs), and any field of the method's config. Every key can be given as --key value.
+copg, pair, dpo, sft, reward, preference), `model_name_or_path` (a folder, a Hub name or embedded:tiny), `dataset_name`
+(a file, a folder, a Hub name or sample:pairs), and any field of the method's config. Every key can be given as --key
+value.
 A method's own keys are in trainers/<method>/README.md; the others are TRL's ModelConfig and transformers'
 TrainingArguments. Data keys: columns, where, max_rows, streaming, eval_datasets, dataset_test_split, overlong and the
 doctor's limits (max_truncated, max_identical, ...).
@@ -53,6 +57,16 @@ there; a LoRA recipe in bf16 holds the reference in bfloat16: --dtype bfloat16).
 
   llmalign cache pairs.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --max_length 1024
   llmalign cache big.jsonl --model ./m --kind groups --streaming
+"""
+RELIABILITY_HELP = """\
+DATA has a row for each prompt: completions, rewards (the reward that training would use, one number a completion) and
+scores (the true ones, such as the share of unit tests passed). Sample them from the model that training starts from.
+For every PF-PPO strategy: R^2 of score on reward over the responses it would train on and over groups of equal width,
+and the rank correlation, each with a 95 % bootstrap interval over prompts; then the strategy it recommends, and why.
+How DATA is read (--split, --columns, --where, --max_rows) as for doctor.
+
+  llmalign reliability scored.jsonl --out reliability.png --json reliability.json
+  llmalign reliability scored.jsonl --columns '{rewards: out.reward, scores: out.passed}' --strategies none,best_worst
 """
 
 
@@ -127,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("data", metavar="DATA")
     doctor.add_argument("--model", required=True, help="the model whose tokenizer and chat template are used")
     doctor.add_argument(
-        "--kind", choices=("pairs", "groups", "text"), default="pairs", help="what a row is (default: pairs)"
+        "--kind", choices=("pairs", "groups", "prompts", "text"), default="pairs", help="what a row is (default: pairs)"
     )
     doctor.add_argument(
         "--max_length", type=int, default=1024, metavar="N", help="tokens of prompt and response (1024)"
@@ -135,11 +149,28 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--row", type=int, metavar="K", help="the row_id to show token by token (default: the first)")
     doctor.set_defaults(run=_doctor)
 
+    _add_reliability(commands, layout)
+
     quickstart = commands.add_parser("quickstart", help="align a small model here and measure it", **layout)
     quickstart.add_argument("--output_dir", default="runs/quickstart", help="where to write (runs/quickstart)")
     quickstart.add_argument("--seed", type=int, default=0, help="seed of data, models and samples (0)")
     quickstart.set_defaults(run=_quickstart)
     return parser
+
+
+def _add_reliability(commands: Any, layout: dict[str, Any]) -> None:
+    command = commands.add_parser(
+        "reliability", help="how well a reward predicts the true score", description=RELIABILITY_HELP, **layout
+    )
+    command.add_argument("data", metavar="DATA")
+    command.add_argument("--strategies", metavar="A,B", help="none,best_of_n,best_random,best_worst,power (all)")
+    command.add_argument("--n_groups", type=int, default=20, metavar="N", help="groups of equal width (20)")
+    command.add_argument("--power", type=float, default=1.0, metavar="K", help="power: weights |reward|^K (1)")
+    command.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (1000)")
+    command.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    command.add_argument("--out", metavar="PNG", help="draw groups of rewards against their scores")
+    command.add_argument("--json", metavar="FILE", help="write all numbers")
+    command.set_defaults(run=_reliability)
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
@@ -226,6 +257,52 @@ def _show(row_id: int | None, rows: Any, tokenizer: Any, console: Console, max_l
             f"There is no prepared row with the row_id {row_id}; the last one is {rows[-1]['row_id']}."
         ) from error
     show_row(rows[position], tokenizer, console, max_length)
+
+
+def _reliability(options: argparse.Namespace, rest: list[str]) -> int:
+    from llmalign.data.doctor import Limits
+    from llmalign.losses import STRATEGIES
+    from llmalign.recipe import doctor_options
+    from llmalign.rewards.reliability import as_dict, reliability
+    from llmalign.rewards.reliability_report import plot_reliability, table
+
+    source, limits = doctor_options(options.data, rest)
+    if limits != Limits():
+        raise UserError("reliability looks at numbers alone: the doctor's --max_... limits are not for it.")
+    rewards, scores = _scored_groups(source)
+    result = reliability(
+        rewards,
+        scores,
+        strategies=STRATEGIES if options.strategies is None else options.strategies.replace(",", " ").split(),
+        n_groups=options.n_groups,
+        power=options.power,
+        resamples=options.resamples,
+        seed=options.seed,
+    )
+    if options.out is not None:
+        plot_reliability(result, options.out)
+    if options.json is not None:
+        path = Path(options.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(as_dict(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    console = _console()
+    console.print(table(result))
+    console.print(f"Recommended: {result.reason}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _scored_groups(source: Any) -> tuple[list[list[float]], list[list[float]]]:
+    """Rewards and true scores of rows of kind groups, which are read twice: with the one and the other as rewards."""
+    from llmalign.data.formats import load
+
+    columns = dict(source.columns or {})
+    truth = columns.pop("scores", "scores")
+    rewards = load([replace(source, columns=columns or None)], kind="groups")
+    try:
+        scores = load([replace(source, columns={**columns, "rewards": truth})], kind="groups")
+    except UserError as error:
+        raise UserError(f"The scores cannot be read (as `rewards` are): {error}") from error
+    return rewards["rewards"][:], scores["rewards"][:]
 
 
 def _quickstart(options: argparse.Namespace, rest: list[str]) -> int:

@@ -17,14 +17,17 @@ from llmalign.data.formats import DataSource, load
 from llmalign.data.text import tokenize_text
 from llmalign.errors import UserError
 from llmalign.recipe import Recipe
-from llmalign.trainers import prepare_groups, prepare_pairs
+from llmalign.trainers import prepare_groups, prepare_pairs, prepare_prompts
 from llmalign.trainers.loading import require_chat_template
 from llmalign.trainers.pair import PairTrainerMixin
 
 logger = logging.getLogger(__name__)
 
 # Made by the preparation; TRL's own trainers make their own columns and would take these for finished ones.
-PREPARED_COLUMNS = {"pairs": ["prompt_ids", "chosen_ids", "rejected_ids"], "text": ["input_ids", "completion_mask"]}
+PREPARED_COLUMNS = {
+    "pairs": ["prompt_ids", "chosen_ids", "rejected_ids"], "text": ["input_ids", "completion_mask"],
+    "prompts": ["prompt_ids"],
+}  # fmt: skip
 HELD_OUT = "held_out"
 LARGEST_HOLDOUT = 0.1
 
@@ -129,18 +132,19 @@ def prepare_text(
     return tokenize_text(dataset, tokenizer, num_proc=num_proc, name=name)
 
 
-PREPARATIONS = {"pairs": prepare_pairs, "groups": prepare_groups, "text": prepare_text}
+PREPARATIONS = {"pairs": prepare_pairs, "groups": prepare_groups, "prompts": prepare_prompts, "text": prepare_text}
 
 
 def _load(recipe: Recipe, config: Any, name: str, sources: list[DataSource]) -> AnyDataset:
     margins = recipe.config.get("scorer_margin_column")
+    keep = (margins,) if margins and name == "train" else tuple(recipe.config.get("reward_columns") or ())
     with config.main_process_first(desc=f"reading the {name} data"):
         return load(
             sources,
             kind=recipe.method.kind,
             streaming=recipe.data.streaming and name == "train",
             seed=config.seed,
-            keep=(margins,) if margins and name == "train" else (),
+            keep=keep,
         )
 
 

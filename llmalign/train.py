@@ -11,12 +11,15 @@ from typing import Any
 
 from rich.table import Table
 from transformers import set_seed
+from transformers.trainer_pt_utils import get_model_param_count
 
 from llmalign.embedded import ensure_tiny
 from llmalign.errors import UserError
 from llmalign.evaluation.winrate import wilson
 from llmalign.prepare import Data, end_ids, prepare
 from llmalign.recipe import Recipe, limit_keys
+from llmalign.rewards.functions import guard, load_function
+from llmalign.rewards.model import load_reward_model
 from llmalign.trainers.checkpoint import HARMLESS_KEYS, RUN_FILE, guard_output_dir, record_run, resolve_resume
 from llmalign.trainers.loading import check_model_options, choose_dtype, load_tokenizer, model_arguments
 from llmalign.trainers.references import References
@@ -30,10 +33,13 @@ CURVES_FILE = "curves.png"
 TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second")
 SHOWN = (
     "loss", "accuracies", "accuracies_clean", "accuracies_length_matched", "longer_wins", "margins", "accuracy",
-    "drift/chosen", "residual",
+    "drift/chosen", "residual", "reward", "kl_to_reference", "entropy",
 )  # fmt: skip
 SHARES = ("accuracies", "accuracies_clean", "accuracies_length_matched", "longer_wins")
 MORE_PANELS = (
+    ("reward", "Reward of the samples", "mean over completions", None),
+    ("kl_to_reference", "Divergence from the reference", "nats a completion", 0.0),
+    ("entropy", "Entropy of the samples", "nats a token", None),
     ("residual", "CoPG's residual", "reward", None),
     ("accuracy", "Accuracy", "share of pairs", 0.5),
     ("margin", "Margin of the scores", "chosen minus rejected", 0.0),
@@ -49,6 +55,7 @@ def run(recipe: Recipe, resume: str | None = None) -> dict[str, Any]:
     """
     started = time.perf_counter()
     config = recipe.training_config()
+    refuse_endless(recipe, config)
     options = recipe.model_config()
     check_model_options(options)
     options = choose_dtype(options, chosen="dtype" in recipe.model, bf16=config.bf16)
@@ -105,6 +112,15 @@ def _train(trainer: Any, checkpoint: str | None) -> Any:
         if trainer.state.global_step == 0 and trainer.is_world_process_zero():
             (Path(trainer.args.output_dir) / RUN_FILE).unlink()
         raise
+
+
+def refuse_endless(recipe: Recipe, config: Any) -> None:
+    """Raise UserError for a stream without a number of steps, before anything is read: its end is not known."""
+    if recipe.data.streaming and config.max_steps <= 0:
+        raise UserError(
+            "`streaming: true` reads rows whose number is not known, and the learning rate's schedule needs the number "
+            "of steps: set `max_steps`, or `streaming: false`."
+        )
 
 
 def model_path(name: str) -> str:
@@ -169,10 +185,12 @@ def _plan_evaluation(config: Any, data: Data, checkpoint: str | None) -> None:
 def build(recipe: Recipe, config: Any, options: Any, tokenizer: Any, data: Data) -> Any:
     """The trainer with its model loaded; what its parts refuse is said in their own words."""
     model, keywords, init = model_arguments(
-        options, trust_remote_code=config.trust_remote_code, scorer=recipe.method.name == "reward"
+        options, trust_remote_code=config.trust_remote_code, scorer=recipe.method.name in ("reward", "preference")
     )
     config.model_init_kwargs = {**(config.model_init_kwargs or {}), **init}
     set_seed(config.seed)  # new adapters and heads are drawn while the trainer is built
+    if recipe.method.kind == "prompts":
+        keywords["reward_funcs"] = reward_functions(recipe, config)
     try:
         return recipe.method.trainer(
             model=model,
@@ -186,7 +204,21 @@ def build(recipe: Recipe, config: Any, options: Any, tokenizer: Any, data: Data)
         raise
     except (ValueError, ImportError, OSError) as error:
         logger.debug("The trainer could not be built.", exc_info=True)
-        raise UserError(f"{recipe.path}: {error}") from error
+        raise UserError(recipe.blame(error)) from error
+
+
+def reward_functions(recipe: Recipe, config: Any) -> list[Any]:
+    """What a recipe's `reward_funcs` and `reward_models` name, in this order. Raises UserError where they name none."""
+    folder = Path(recipe.path).parent
+    functions = [guard(load_function(name, folder=folder)) for name in config.reward_funcs or ()]
+    options = {"trust_remote_code": config.trust_remote_code, "device": config.device}
+    functions += [guard(load_reward_model(path, **options)) for path in config.reward_models or ()]
+    if not functions:
+        raise UserError(
+            f"{recipe.path} names no reward: set reward_funcs (package.module:function, or file.py:function beside the "
+            "recipe) or reward_models"
+        )
+    return functions
 
 
 def _references(trainer: Any) -> dict[str, Any]:
@@ -198,7 +230,7 @@ def _references(trainer: Any) -> dict[str, Any]:
 def _say_what_runs(recipe: Recipe, trainer: Any) -> None:
     args = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = get_model_param_count(model, trainable_only=True)  # under ZeRO-3 of all shards
     logger.info(
         "%s: %s; %d process%s, batch %d a step; weights in %s, attention %s, %s parameters trained.",
         recipe.method.name,

@@ -25,10 +25,17 @@ STREAM_ROWS = 1000
 TOKENS = {
     "pairs": {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"},
     "groups": {"prompt": "prompt_ids", "completions": "completion_ids"},
+    "prompts": {"prompt": "prompt_ids"},
     "text": {"text": "input_ids"},
 }
-NOT_IN_TEXT = ("identical", "empty_prompt", "not_prefix")
-RESPONSES = {"pairs": ("chosen", "rejected"), "groups": ("completions",), "text": ("completion", "messages", "text")}
+NOT_IN = {
+    "text": ("identical", "empty_prompt", "not_prefix"),
+    "prompts": ("identical", "empty", "truncated", "missing_eos", "doubled_eos"),
+}
+RESPONSES = {
+    "pairs": ("chosen", "rejected"), "groups": ("completions",), "prompts": (),
+    "text": ("completion", "messages", "text"),
+}  # fmt: skip
 
 
 def examine(
@@ -37,14 +44,14 @@ def examine(
 ) -> Report:  # fmt: skip
     """Count the faults of a data set: `raw` as `load` gave it, `prepared` as a trainer tokenized it, both with row_id.
 
-    kind: `pairs`, `groups` or `text`. A group shows a fault where any of its completions does; its responses are
-    identical where all are. White space after an end-of-text token, as ChatML templates write it, is not a missing
-    end. Rows that the preparation dropped are counted through their row_id; shares are of the raw rows. Of a stream
-    the first `stream_rows` rows are examined, which the report says. Raises UserError when there is nothing to examine.
-    Not covered: packed rows, and whether the answers are any good.
+    kind: `pairs`, `groups`, `prompts` or `text`. A group shows a fault where any of its completions does; its
+    responses are identical where all are. White space after an end-of-text token, as ChatML templates write it, is not
+    a missing end. Rows that the preparation dropped are counted through their row_id; shares are of the raw rows. Of a
+    stream the first `stream_rows` rows are examined, which the report says. Raises UserError when there is nothing to
+    examine. Not covered: packed rows, and whether the answers are any good.
     """
     if kind not in TOKENS:
-        raise UserError(f"The doctor knows pairs, groups and text, not {kind!r}.")
+        raise UserError(f"The doctor knows {', '.join(TOKENS)}, not {kind!r}.")
     notes = []
     if isinstance(raw, IterableDataset):
         raw = Dataset.from_list(list(raw.take(stream_rows)))
@@ -96,7 +103,7 @@ class _Check:
 
     def __init__(self, tokenizer: Any, kind: str, max_length: int | None, eos_ids: frozenset[int]) -> None:
         self.tokenizer, self.kind, self.max_length, self.eos_ids = tokenizer, kind, max_length, eos_ids
-        self.found: dict[str, list[int]] = {name: [] for name in FAULTS if kind != "text" or name not in NOT_IN_TEXT}
+        self.found: dict[str, list[int]] = {name: [] for name in FAULTS if name not in NOT_IN.get(kind, ())}
         self.lengths: dict[str, list[np.ndarray]] = defaultdict(list)
         self.repeated_prompts = 0
         self._prompts: set[int] = set()
@@ -133,7 +140,8 @@ class _Check:
             row_ids = table.column("row_id").to_numpy()
             ragged = {name: Ragged.of(table.column(column)) for name, column in parts.items()}
             self._measure(row_ids, ragged)
-            self._check_ends(row_ids, [part for name, part in ragged.items() if name != "prompt"])
+            if self.kind != "prompts":
+                self._check_ends(row_ids, [part for name, part in ragged.items() if name != "prompt"])
             if text:
                 self._check_prompts(row_ids, table.column("prompt").to_pylist(), ragged["prompt"])
 
@@ -145,8 +153,11 @@ class _Check:
             if name != "prompt":
                 np.maximum.at(longest, part.owner, before[part.owner] + part.lengths)
         if "prompt" in parts:
-            self.lengths["prompt + longest response"].append(longest)
             self.add("empty_prompt", row_ids[before == 0])
+        if self.kind == "prompts":
+            return
+        if "prompt" in parts:
+            self.lengths["prompt + longest response"].append(longest)
         if self.max_length is not None:
             self.add("truncated", row_ids[longest > self.max_length])
 

@@ -52,10 +52,10 @@ def load(
 ) -> Dataset | IterableDataset:
     """The rows of one data set, or of a list of them, in the columns of `kind` (see the module).
 
-    `keep` names further columns of numbers to carry along, such as a scorer's margin. Groups with fewer than two
-    completions teach nothing and are left out, which is logged with their number (in a stream without it). Raises
-    UserError, naming file, row and column, for whatever cannot be read or is not what the kind asks for; a stream
-    raises it when it gets to the row.
+    `keep` names further columns to carry along: numbers such as a scorer's margin, beside prompts anything. Groups with
+    fewer than two completions teach nothing and are left out, which is logged with their number (in a stream without
+    it). Raises UserError, naming file, row and column, for whatever cannot be read or is not what the kind asks for; a
+    stream raises it when it gets to the row.
     """
     if kind not in KINDS:
         raise UserError(f"{kind!r} is no kind of data; known are: {', '.join(KINDS)}.")

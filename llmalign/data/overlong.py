@@ -28,7 +28,7 @@ def drop_overlong(prepared: Dataset | IterableDataset, max_length: int, kind: st
     elif kind == "text":
         kept = prepared.filter(_text_fits, input_columns=["input_ids"], **options)
     else:
-        raise UserError(f"Overlong rows can be left out of pairs, groups and text, not of {kind!r}.")
+        raise UserError(f"Overlong rows can be left out of pairs, groups and text, not of {kind!r}: leave `overlong`.")
     if not whole:
         logger.info("Rows that exceed max_length %d are left out of the stream as they come.", max_length)
         return kept

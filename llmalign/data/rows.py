@@ -34,7 +34,10 @@ TYPES = {  # column -> type; columns kept by name are numbers
     "rewards": "numbers",
     "flipped": "flag",
 }
-CELLS = {"content": "text", "contents": "json", "numbers": "json", "number": "number", "flag": "flag"}
+CELLS = {
+    "content": "text", "contents": "json", "numbers": "json", "number": "number", "flag": "flag", "text": "text",
+    "texts": "json",
+}  # fmt: skip
 LEARNED = ("chosen", "rejected", "base", "completion")
 SEEN_BY_MODEL = ("images", "image", "videos", "tools", "chat_template_kwargs")
 
@@ -47,6 +50,7 @@ class Layout:
     sources: dict[str, Any]  # column -> where the source keeps it: a name, or a list of names
     conversational: bool
     watched: tuple[str, ...]  # columns that the first row lacks, so no other may have them
+    carried: tuple[tuple[str, str], ...] = ()  # columns for the reward functions, with their types
 
     @property
     def features(self) -> Features:
@@ -59,8 +63,10 @@ class Layout:
             "numbers": List(Value("float64")),
             "number": Value("float64"),
             "flag": Value("bool"),
+            "text": Value("string"),
+            "texts": List(Value("string")),
         }
-        return Features({"row_id": Value("int64"), **{name: kinds[_type(name)] for name in self.columns}})
+        return Features({"row_id": Value("int64"), **{name: kinds[self._type(name)] for name in self.columns}})
 
     @property
     def columns(self) -> list[str]:
@@ -87,18 +93,23 @@ class Layout:
         return canonical
 
     def _value(self, name: str, row: Row, text_cells: bool) -> Any:
-        kind = _type(name)
+        kind = self._type(name)
         value = self._cell(name, row) if text_cells else checks.pick(row, self.sources[name])
         if kind == "content":
             return checks.content(name, value, self.conversational)
         if kind == "contents":
             return checks.contents(name, value, self.conversational)
+        if kind in ("text", "texts"):
+            return (checks.content if kind == "text" else checks.contents)(name, value, False)
         return {"numbers": checks.numbers, "number": checks.number, "flag": checks.flag}[kind](name, value)
 
+    def _type(self, name: str) -> str:
+        return dict(self.carried).get(name) or TYPES.get(name, "number")
+
     def _cell(self, name: str, row: Row) -> Any:
-        source, wanted = self.sources[name], CELLS[_type(name)]
+        source, wanted = self.sources[name], CELLS[self._type(name)]
         if isinstance(source, list):
-            inner = {"contents": "text", "numbers": "number"}.get(_type(name), wanted)
+            inner = {"contents": "text", "numbers": "number"}.get(self._type(name), wanted)
             return checks.from_cell(name, checks.pick(row, source), inner)
         if source in row or "." not in source:
             return checks.from_cell(name, checks.pick(row, source), wanted)
@@ -109,7 +120,8 @@ class Layout:
 def settle(
     kind: str, first: Row, *, columns: dict[str, Any] | None, keep: tuple[str, ...] = (), text_cells: bool = False
 ) -> Layout:
-    """The layout of a source whose first row this is; `keep` names further columns of numbers. Raises Fault.
+    """The layout of a source whose first row this is; `keep` names further columns: of numbers, or beside prompts of
+    whatever the first row has there (text, a number, a flag, or a list of texts or numbers). Raises Fault.
 
     Raises UserError for a key of `columns` that is no column of this kind.
     """
@@ -135,7 +147,8 @@ def settle(
     watched = tuple(name for name in KINDS[kind] if name not in sources and name not in mapped and kind != "text")
     leading = sources[LEADING[kind]] if kind in LEADING else next(iter(sources.values()))
     conversational = not text_cells and _is_conversation(checks.pick(first, leading), nested=kind == "groups")
-    return Layout(kind, sources, conversational, watched)
+    carried = tuple((name, _carried(name, checks.pick(first, sources[name]))) for name in keep if kind == "prompts")
+    return Layout(kind, sources, conversational, watched, carried)
 
 
 def has_columns(dataset: Iterable[Row], *columns: str) -> bool:
@@ -157,8 +170,19 @@ def _is_conversation(value: Any, nested: bool) -> bool:
     return isinstance(value, list)
 
 
-def _type(name: str) -> str:
-    return TYPES.get(name, "number")
+def _carried(name: str, value: Any) -> str:
+    """The type of a column that goes to the reward functions, by its first value."""
+    if isinstance(value, bool):
+        return "flag"
+    if isinstance(value, (int, float)):
+        return "number"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return "texts"
+    if isinstance(value, list) and value and all(isinstance(item, (int, float)) for item in value):
+        return "numbers"
+    raise Fault(f"{name!r} must be text, a number, a flag or a list of texts or numbers to go to a reward function")
 
 
 def _check_pair(row: Row) -> None:

@@ -14,21 +14,25 @@ from llmalign.trainers.configs import (
     RPOConfig,
     SFTConfig,
 )
-from llmalign.trainers.copg import CoPGTrainer
+from llmalign.trainers.copg import CoPGTrainer, OnlineCoPGTrainer
+from llmalign.trainers.mdpo import MDPOTrainer
 from llmalign.trainers.preference import INPOTrainer, PairTrainer, RDPOTrainer, RPOTrainer
 from llmalign.trainers.preference_model import PreferenceModelConfig, PreferenceModelTrainer
-from llmalign.trainers.preparation import prepare_groups, prepare_pairs
+from llmalign.trainers.preparation import prepare_groups, prepare_pairs, prepare_prompts
+from llmalign.trainers.sampled_configs import MDPOConfig, OnlineCoPGConfig
 
 __all__ = [
-    "METHODS", "CoPGConfig", "CoPGTrainer", "DPOConfig", "DPOTrainer", "INPOConfig", "INPOTrainer", "Method",
-    "PairConfig", "PairTrainer", "PreferenceModelConfig", "PreferenceModelTrainer", "RDPOConfig", "RDPOTrainer", "RPOConfig", "RPOTrainer", "RewardConfig",
-    "RewardTrainer", "SFTConfig", "SFTTrainer", "prepare_groups", "prepare_pairs",
+    "CoPGConfig", "CoPGTrainer", "DPOConfig", "DPOTrainer", "INPOConfig", "INPOTrainer", "MDPOConfig", "MDPOTrainer",
+    "Method", "METHODS", "OnlineCoPGConfig", "OnlineCoPGTrainer", "PairConfig", "PairTrainer",
+    "PreferenceModelConfig", "PreferenceModelTrainer", "prepare_groups", "prepare_pairs", "prepare_prompts",
+    "RDPOConfig", "RDPOTrainer", "RewardConfig", "RewardTrainer", "RPOConfig", "RPOTrainer", "SFTConfig",
+    "SFTTrainer",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a recipe's `method` stands for; `kind` names the rows it reads (pairs, groups or text)."""
+    """What a recipe's `method` stands for; `kind` names the rows it reads (pairs, groups, prompts or text)."""
 
     name: str
     trainer: Any
@@ -47,6 +51,8 @@ METHODS = {
         Method("dpo", DPOTrainer, DPOConfig, "pairs"),
         Method("sft", SFTTrainer, SFTConfig, "text"),
         Method("reward", RewardTrainer, RewardConfig, "pairs"),
+        Method("copg_online", OnlineCoPGTrainer, OnlineCoPGConfig, "prompts"),
+        Method("mdpo", MDPOTrainer, MDPOConfig, "prompts"),
         Method("preference", PreferenceModelTrainer, PreferenceModelConfig, "pairs"),
     )
 }

@@ -23,6 +23,7 @@ from llmalign.data.collators import PairCollator
 from llmalign.errors import UserError
 from llmalign.rewards.functions import Guarded, guard
 from llmalign.trainers.alarms import AlarmCallback
+from llmalign.trainers.baselines import NamedEvaluations
 from llmalign.trainers.batching import MicroBatchMixin
 from llmalign.trainers.checkpoint import SafeCheckpointMixin
 from llmalign.trainers.loading import load_tokenizer, refuse_vision
@@ -184,7 +185,7 @@ class PairBase(
         if self.ref_model is not None:
             self.scorer.attach(self.accelerator.unwrap_model(self.ref_model))
         self.add_references(wanted)
-        self.add_callback(AlarmCallback.from_args(args, self.train_dataset, self.eval_dataset))
+        self.add_callback(AlarmCallback.from_args(args, self.eval_dataset))
         logger.info("%s: %s.", type(self).__name__, args.choices)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -222,7 +223,7 @@ class PairBase(
         return tuple(logps.reshape(-1, 2).unbind(dim=1))
 
 
-class SampledBase(SafeCheckpointMixin, FrozenModels, RolloutMixin, RLOOTrainer):
+class SampledBase(SafeCheckpointMixin, FrozenModels, RolloutMixin, NamedEvaluations, RLOOTrainer):
     """TRL's RLOOTrainer, whose sampling (vLLM included), rewards and logs stay, with its loss replaced.
 
     Of TRL's own methods three are changed: `_calculate_rewards` keeps the raw rewards, the per-token scores read each

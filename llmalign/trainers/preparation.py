@@ -63,13 +63,15 @@ def prepare_groups(
     """Prepare rows of scored completions: adds `row_id`, `prompt_ids` and `completion_ids` (k lists, EOS included).
 
     Rows whose prompt alone fills `max_length` are dropped, as TRL does for pairs. Rows already prepared come back as
-    they are. Raises UserError for conversational rows without a chat template.
+    they are. Raises UserError for conversational rows without a chat template, and naming a row without completions.
     """
     if has_columns(dataset, "row_id", "prompt_ids", "completion_ids"):
         return dataset
     require_chat_template(tokenizer, next(iter(dataset)))
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        if not row["completions"]:
+            raise UserError(f"Row {row['row_id']} of {name} has no completions, so nothing to score; drop the row.")
         conversational = isinstance(row["prompt"], list)
         options = {"add_generation_prompt": True} if conversational else {}
         prompt_ids = token_ids(tokenizer, row["prompt"], **options)
@@ -84,6 +86,36 @@ def prepare_groups(
     return prepared.filter(
         lambda row: len(row["prompt_ids"]) < max_length,
         **_map_options(prepared, num_proc, f"Dropping prompts that fill max_length from {name}"),
+    )
+
+
+def prepare_prompts(
+    dataset: AnyDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> AnyDataset:
+    """Prepare rows of prompts to sample from: adds `row_id` and `prompt_ids`, and drops longer ones than `max_length`.
+
+    Rows already prepared come back as they are. Raises UserError for conversational rows without a chat template.
+    """
+    if has_columns(dataset, "row_id", "prompt_ids"):
+        return dataset
+    require_chat_template(tokenizer, next(iter(dataset)))
+
+    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        options = {"add_generation_prompt": True} if isinstance(row["prompt"], list) else {}
+        return {"prompt_ids": token_ids(tokenizer, row["prompt"], **options)}
+
+    numbered = _with_row_ids(dataset, num_proc)
+    prepared = numbered.map(tokenize, **_map_options(numbered, num_proc, f"Tokenizing {name}"))
+    if max_length is None:
+        return prepared
+    return prepared.filter(
+        lambda row: len(row["prompt_ids"]) <= max_length,
+        **_map_options(prepared, num_proc, f"Dropping prompts longer than {max_length} tokens from {name}"),
     )
 
 

@@ -41,6 +41,9 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
         default=None, metadata={"help": "Functions by import path: package.module:function or file.py:function."}
     )
     reward_models: list[str] | None = field(default=None, metadata={"help": "Reward models, each a path or Hub name."})
+    reward_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of the data that the reward functions are given beside the prompt."}
+    )
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Another reference than the model that training starts from."}
     )
@@ -73,6 +76,11 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
                 )
         if self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1:
             self.choices += ", log-probs of the distribution before top_p, top_k, min_p and repetition_penalty"
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest prompt that is kept, in tokens: what the preparation of data asks every config for."""
+        return self.max_prompt_length
 
     def _whole_groups(self, name: str, size: int) -> None:
         require(getattr(self, name) % size == 0, name, getattr(self, name), f"a multiple of num_generations, {size}")

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "losses": {"types"},
     "scores": {"types", "errors"},
     "data": {"errors", "assets", "types"},
-    "rewards": {"errors", "types", "scores"},
+    "rewards": {"errors", "types", "scores", "losses"},
     "embedded": {"errors", "assets"},
     "assets": {"errors"},
     "values": {"errors"},

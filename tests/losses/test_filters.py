@@ -119,7 +119,8 @@ def test_best_random_keeps_the_best_and_each_other_equally_often():
 
 def test_power_draws_two_in_proportion_to_what_is_left():
     # |R| = 1, 2, 3 (and a masked one): P(first = i) = R_i / 6, second among the rest.
-    # P({1, 2}) = 1/6*2/5 + 2/6*1/4 = .15, P({1, 3}) = 1/6*3/5 + 3/6*1/3 = .26667, P({2, 3}) = 2/6*3/4 + 3/6*2/3 = .58333.
+    # P({1, 2}) = 1/6*2/5 + 2/6*1/4 = .15; P({1, 3}) = 1/6*3/5 + 3/6*1/3 = .26667;
+    # P({2, 3}) = 2/6*3/4 + 3/6*2/3 = .58333.
     rewards, mask = tensor([[1.0, -2.0, 3.0, NAN]] * 20000), torch.tensor([[1, 1, 1, 0]] * 20000)
     found = select(rewards, "power", seeded(), mask=mask)
     assert (found.sum(1) == 2).all() and not found[:, 3].any()
