@@ -261,7 +261,7 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, RolloutMixin, NamedEvaluati
             raise UserError(
                 "the auxiliary loss of mixtures of experts is not part of these losses; set router_aux_loss_coef: 0"
             )
-        self.start_scoring(self.model, tokenizer.pad_token_id)
+        self.start_scoring(self.model, tokenizer.pad_token_id, args.temperature)
         if ref_model is not None:
             self.ref_model = self.freeze(ref_model)
         elif self.needs_reference and not isinstance(self.model, PeftModel):
@@ -281,7 +281,7 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, RolloutMixin, NamedEvaluati
             "completion_mask": attention_mask[:, start:].unflatten(0, (-1, size)),
         }
         if self.needs_proposal:
-            self._scored = self.frozen_token_logps(model, ids)
+            self._scored = self.sampler_token_logps(model, ids)
         else:
             self._scored = torch.zeros(ids["completion_ids"].shape, device=input_ids.device)
         return self._scored.flatten(0, 1), None, None
@@ -324,19 +324,26 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, RolloutMixin, NamedEvaluati
         """Completions of a prompt, K."""
         return self.num_generations if self.model.training else self.num_generations_eval
 
+    def sampler_token_logps(self, model: nn.Module, rollout: Rollout) -> Tensor:
+        """Log-probs (P, K, T) of fresh completions under the policy; a method may read more in the same pass."""
+        return self.frozen_token_logps(model, rollout)
+
     def frozen_token_logps(self, model: nn.Module, rollout: Rollout) -> Tensor:
         """Log-probs (P, K, T) without gradients, as many rows at a time as a micro-batch has."""
-        groups, width = groups_of(rollout), rollout["completion_ids"].shape[2]
+        width = rollout["completion_ids"].shape[2]
+        with torch.no_grad(), self.accelerator.autocast():
+            parts = [self.token_logps(model, groups, width) for groups in self.in_parts(groups_of(rollout))]
+        return torch.cat(parts).view(rollout["completion_ids"].shape)
+
+    def in_parts(self, groups: PromptGroups) -> list[PromptGroups]:
+        """Prompts, as many at a time as a micro-batch has."""
         mode_rows = (
             self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
         )
         at_a_time = max(mode_rows // self.group_size, 1)
-        with torch.no_grad(), self.accelerator.autocast():
-            parts = [
-                self.token_logps(model, groups.take(range(start, min(start + at_a_time, len(groups)))), width)
-                for start in range(0, len(groups), at_a_time)
-            ]
-        return torch.cat(parts).view(rollout["completion_ids"].shape)
+        return [
+            groups.take(range(start, min(start + at_a_time, len(groups)))) for start in range(0, len(groups), at_a_time)
+        ]
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -37,10 +37,13 @@ class TextScores:
     #: the layout that rows are shared out for from the beginning to the end of a run, even if scoring falls back
     _shared_out_for: str | None = None
 
-    def start_scoring(self, model: nn.Module, pad_token_id: int) -> None:
+    def start_scoring(self, model: nn.Module, pad_token_id: int, temperature: float = 1.0) -> None:
         """Choose the layout for a model and make it ready. Raises UserError where the one asked for is impossible."""
         self.scorer = Scorer(
-            self.args.scoring, pad_token_id=pad_token_id, pad_to_multiple_of=self.args.pad_to_multiple_of
+            self.args.scoring,
+            pad_token_id=pad_token_id,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+            temperature=temperature,
         )
         self.scorer.choose(model.config)
         self.scorer.attach(model)
@@ -80,12 +83,16 @@ class TextScores:
 
     def policy_token_logps(self, model: nn.Module, groups: PromptGroups) -> Tensor:
         """Log-probs (S,) of the tokens of all completions, completion by completion."""
+        return self.scorer.token_logps(model, self.laid_out(model, groups))
+
+    def laid_out(self, model: nn.Module, groups: PromptGroups) -> Layout:
+        """A batch as `model` reads it; the layout is checked on the first one."""
         if not self._layout_checked:
             self._check_layout(model, groups)
         if self._laid_out[0] is not groups:  # policy, reference and previous iterate score the same batch
             self._laid_out = (groups, self.scorer.lay_out(groups, self.accelerator.device))
         assert self._laid_out[1] is not None
-        return self.scorer.token_logps(model, self._laid_out[1])
+        return self._laid_out[1]
 
     def split_gap(self, model: nn.Module, inputs: dict[str, Any]) -> float:
         """See PairTrainerMixin: the same sequences scored together and one by one."""

@@ -33,7 +33,7 @@ def test_every_score_is_its_model_s_own(method, tmp_path):
     start = tiny.model()
     trainer = runs.build(method, tmp_path, model=copy.deepcopy(start), steps_per_generation=2)
     trainer.start_may_differ = "the test moves the policy"
-    trainer.model.load_state_dict(perturbed(start).state_dict())
+    trainer.model.load_state_dict(perturbed(start).state_dict(), strict=False)  # a value head is the method's own
     batch = runs.rollout(trainer)
     with torch.no_grad():
         scores = trainer.rollout_scores(trainer.model, batch)
@@ -52,6 +52,18 @@ def test_every_score_is_its_model_s_own(method, tmp_path):
                 assert torch.allclose(token_logps[: len(completion)].double(), expected.double(), atol=1e-4), name
                 assert not token_logps[len(completion) :].any()
     assert torch.allclose(scores.policy, (scores.token_policy * scores.token_mask).sum(2))
+
+
+def test_scores_are_those_of_sampling_at_the_temperature(tmp_path):
+    start = tiny.model()
+    trainer = runs.build("mdpo", tmp_path, model=copy.deepcopy(start), temperature=0.7)
+    batch = runs.rollout(trainer)
+    prompt, completion = groups_of(batch).sequences()[0]
+    with torch.no_grad():
+        logits = start(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
+    expected = torch.log_softmax(logits / 0.7, -1)[torch.arange(len(completion)), torch.tensor(completion)]
+    for name in ("token_old", "token_reference"):
+        assert torch.allclose(batch[name][0, 0, : len(completion)].double(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
