@@ -20,10 +20,10 @@ USAGE_ERROR = 2
 SOMETHING_WRONG = 1
 
 TRAIN_HELP = """\
-RECIPE is a YAML file, or one that is shipped, such as trainers/rpo/recipe.yaml. It names `method` (rpo, rdpo, inpo,
-copg, pair, dpo, sft, reward, preference), `model_name_or_path` (a folder, a Hub name or embedded:tiny), `dataset_name`
-(a file, a folder, a Hub name or sample:pairs), and any field of the method's config. Every key can be given as --key
-value.
+RECIPE is a YAML file, or one that is shipped, such as trainers/rpo/recipe.yaml. It names `method` (rpo, rdpo, inpo, copg,
+pair, dpo, sft, reward, preference; sampling as they go: copg_online, fdpg, pf_ppo, mdpo), `model_name_or_path` (a folder,
+a Hub name or embedded:tiny), `dataset_name` (a file, a folder, a Hub name or sample:pairs), and any field of the method's
+config. Every key can be given as --key value.
 A method's own keys are in trainers/<method>/README.md; the others are TRL's ModelConfig and transformers'
 TrainingArguments. Data keys: columns, where, max_rows, streaming, eval_datasets, dataset_test_split, overlong and the
 doctor's limits (max_truncated, max_identical, ...).

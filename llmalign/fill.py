@@ -12,13 +12,14 @@ from datasets import Dataset
 
 from llmalign.data.doctor import Limits
 from llmalign.data.formats import DataSource
-from llmalign.data.reference_cache import Report, default_root
+from llmalign.data.reference_cache import Report
 from llmalign.errors import UserError
 from llmalign.prepare import end_ids, prepare
 from llmalign.recipe import DataSection, Recipe
 from llmalign.train import build, model_path
 from llmalign.trainers import METHODS
 from llmalign.trainers.loading import choose_dtype, load_tokenizer
+from llmalign.trainers.references import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def _fill(recipe: Recipe) -> Filled:
     for part in parts:
         trainer.with_references(part, "train")
     report: Report = trainer.reference_reports["train"]
-    return Filled(report, Path(config.reference_cache_dir or default_root()).expanduser())
+    return Filled(report, cache_root(config.reference_cache_dir))
 
 
 def _parts(stream: Any) -> Iterator[Dataset]:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,20 +103,29 @@ class Recipe:
     limits: Limits
     model: dict[str, Any] = field(default_factory=dict)  # the fields of ModelConfig that are set
     config: dict[str, Any] = field(default_factory=dict)  # the fields of the method's config that are set
+    overridden: frozenset[str] = frozenset()  # the keys that the command line gave
+
+    def blame(self, error: Exception) -> str:
+        """The error's sentence after where the value came from: the command line, if that gave a key it names."""
+        named = set(re.findall(r"\w+", str(error)))
+        if named & self.overridden:
+            return f"the command line: {error}"
+        known = {entry.name for owner in (self.method.config, ModelConfig) for entry in dataclasses.fields(owner)}
+        return f"{self.path}: {error}" if named & known or not isinstance(error, UserError) else str(error)
 
     def training_config(self) -> Any:
         """The method's config object. Raises UserError with the config's own sentence when a value is out of range."""
         try:
             return self.method.config(**self.config)
         except (ValueError, TypeError, ImportError) as error:
-            raise UserError(f"{self.path}: {error}") from error
+            raise UserError(self.blame(error)) from error
 
     def model_config(self) -> ModelConfig:
         """TRL's ModelConfig. Raises UserError when the recipe names no model or contradicts itself."""
         quantized = self.model.get("load_in_4bit") or self.model.get("load_in_8bit")
         if quantized and not self.model.get("use_peft"):
             raise UserError(
-                f"{self.path}: a 4- or 8-bit base is trained through an adapter only; set `use_peft: true`."
+                self.blame(UserError("load_in_4bit and load_in_8bit train an adapter only; set `use_peft: true`."))
             )
         if not self.model.get("model_name_or_path"):
             raise UserError(
@@ -124,7 +134,7 @@ class Recipe:
         try:
             return ModelConfig(**self.model)
         except ValueError as error:
-            raise UserError(f"{self.path}: {error}") from error
+            raise UserError(self.blame(error)) from error
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -137,7 +147,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     given_overrides = parse_overrides(overrides)
     if given_overrides.get("dataset_name", given.get("dataset_name")) != given.get("dataset_name"):
         given = _without_its_data(given)
-    method = _method(str(path), given_overrides.pop("method", given.pop("method", None)))
+    overridden = frozenset(given_overrides)
+    method = _method(
+        "the command line" if "method" in overridden else str(path),
+        given_overrides.pop("method", given.pop("method", None)),
+    )
     sections: dict[str, dict[str, Any]] = {
         "data": get_type_hints(DataSection),
         "limits": _limit_hints(),
@@ -168,6 +182,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         limits=_limits(values["limits"]),
         model=values["model"],
         config={"output_dir": f"runs/{method.name}", **values["config"]},
+        overridden=overridden,
     )
 
 

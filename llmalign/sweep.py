@@ -17,10 +17,11 @@ from rich.table import Table
 from llmalign.errors import UserError
 from llmalign.evaluation.winrate import wilson
 from llmalign.recipe import Recipe, limit_keys, load_recipe
-from llmalign.train import METRICS_FILE, TRAIN_ROWS, run, what_decides_the_result
+from llmalign.train import METRICS_FILE, TRAIN_ROWS, refuse_endless, run, what_decides_the_result
 from llmalign.trainers.checkpoint import HARMLESS_KEYS, guard_output_dir
 from llmalign.trainers.configs import ScoreConfig
 from llmalign.trainers.loading import check_model_options, choose_dtype
+from llmalign.trainers.references import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def sweep(path: str, grid: Sequence[str], overrides: Sequence[str] = ()) -> list
     """
     entries = plan(path, grid, overrides)
     home = entries[0].folder.parent
+    _say_references(entries)
     for entry in entries:
         if entry.status == FINISHED:
             logger.info("%s is finished already: nothing to do.", entry.name)
@@ -99,6 +101,17 @@ def sweep(path: str, grid: Sequence[str], overrides: Sequence[str] = ()) -> list
             torch.cuda.empty_cache()
     _write(home, path, entries)
     return entries
+
+
+def _say_references(entries: Sequence[Entry]) -> None:
+    """Where the runs take their references from; each says for itself how many it found."""
+    configs = [entry.recipe.config for entry in entries if entry.recipe.config.get("precompute_ref_log_probs")]
+    folders = sorted({str(cache_root(config.get("reference_cache_dir"))) for config in configs})
+    if folders:
+        logger.info(
+            "References: looked up in %s; what is not there is scored by the first run that needs it.",
+            " and ".join(folders),
+        )
 
 
 def plan(path: str, grid: Sequence[str], overrides: Sequence[str] = ()) -> list[Entry]:
@@ -170,6 +183,7 @@ def _check(entry: Entry) -> None:
     recipe = entry.recipe
     recipe.data.train_sources(), recipe.data.eval_sources()
     config, options = recipe.training_config(), recipe.model_config()
+    refuse_endless(recipe, config)
     check_model_options(options)
     options = choose_dtype(options, chosen="dtype" in recipe.model, bf16=config.bf16)
     fingerprint = what_decides_the_result(recipe, config, options)

@@ -81,7 +81,7 @@ class GroupCollator(_Completions):
     (P,), `groups`, `rewards` (P, K) float32, 0 where there is none, `group_mask` (P, K) bool and, where the rows have
     them, `ref_logps` (P, K) float32. K is the largest k of the batch; completion n of all belongs to the n-th true
     entry of `group_mask` in row-major order. Raises UserError naming the row whose prompt alone fills max_length or is
-    empty, or whose completions and rewards differ in number.
+    empty, that has no completions, or whose completions and rewards differ in number.
     """
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
@@ -91,6 +91,8 @@ class GroupCollator(_Completions):
                     f"Row {row['row_id']} has {len(row['completion_ids'])} completions and {len(row['rewards'])} "
                     "rewards."
                 )
+            if not row["completion_ids"]:
+                raise UserError(f"Row {row['row_id']} has no completions, so nothing to score; drop the row.")
         batch: Batch = {"row_id": _row_ids(examples), "groups": self.groups(examples)}
         batch["rewards"] = _rows_of([row["rewards"] for row in examples])
         batch["group_mask"] = _rows_of([[1.0] * len(row["rewards"]) for row in examples]).bool()

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from llmalign.errors import UserError
 from llmalign.rewards.classifiers import load_classifier, reward_statistics, set_statistics, store_statistics
 from llmalign.scores.prefix import IMPLEMENTATIONS, lay_out_trees, register_attention
+from llmalign.scores.rounding import rounded_limit
 from llmalign.scores.scoring import PADDED, SHARED_PROMPT, Gaps, shortest_window, why_not
 from llmalign.types import PromptGroups
 
@@ -135,7 +136,7 @@ class RewardScorer:
         self.checked = True
         padded = self._padded(groups)
         gap = float((self._shared(groups) - padded).abs().max())
-        limit = max(TOLERANCE, 4 * torch.finfo(torch.float32).eps * float(padded.abs().max()))
+        limit = rounded_limit(TOLERANCE, float(padded.abs().max()))
         if self._model.dtype != torch.float32:
             single = [self._padded(PromptGroups([prompt], [[own]])) for prompt, own in groups.sequences()]
             limit = max(limit, 2 * float((torch.cat(single) - padded).abs().max()))

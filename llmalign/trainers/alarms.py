@@ -58,17 +58,21 @@ class AlarmCallback(TrainerCallback):
         self._sounding: set[str] = set()
 
     @classmethod
-    def from_args(cls, args: Any, train_dataset: Any, eval_dataset: Any) -> "AlarmCallback":
-        """Build the callback from a pair config's `alarm_*` fields and the prepared data sets (first one by name)."""
+    def from_args(cls, args: Any, eval_dataset: Any) -> "AlarmCallback":
+        """Build the callback from a pair config's `alarm_*` fields and the first evaluation set, prepared.
+
+        Without one nothing else is measured either, and no answers are drawn.
+        """
         if isinstance(eval_dataset, dict):
             eval_dataset = next(iter(eval_dataset.values()))
+        if eval_dataset is None or not args.alarm_prompts:
+            return cls([], chosen_drop=args.alarm_chosen_drop, new_tokens=args.alarm_new_tokens)
         new_tokens = args.alarm_new_tokens
         if args.max_length is not None and new_tokens > args.max_length // 2:
             new_tokens = args.max_length // 2
             logger.info("Alarms draw %d tokens an answer, half of max_length, to leave room for prompts.", new_tokens)
         room = None if args.max_length is None else args.max_length - new_tokens
-        dataset = train_dataset if eval_dataset is None else eval_dataset
-        prompts = first_prompts(dataset, args.alarm_prompts, room)
+        prompts = first_prompts(eval_dataset, args.alarm_prompts, room)
         return cls(prompts, chosen_drop=args.alarm_chosen_drop, new_tokens=new_tokens)
 
     def on_log(

@@ -175,8 +175,8 @@ class StepSampler(BatchRebalanceSampler):
 
     Ranks, micro-batches and the budget change only who scores what. Without `tokens_per_batch` a step is `grad_accum`
     lists per rank, of balanced cost. With it a step is ONE list per rank: m parts of at most that many tokens, one
-    after the other, m the same on every rank. A tail (`drop_last` False) with fewer rows than parts repeats rows from
-    the start of the epoch, as its parent does. Raises UserError where one row alone exceeds the budget.
+    after the other, m the same on every rank. A tail (`drop_last` False) with fewer rows than parts repeats its own,
+    which `fillers` tells. Raises UserError where one row alone exceeds the budget.
     """
 
     def __init__(
@@ -199,27 +199,40 @@ class StepSampler(BatchRebalanceSampler):
         self.tokens_per_batch = tokens_per_batch
 
     def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        for start in range(0, self.num_global_batches * self.effective_batch_size, self.effective_batch_size):
+            rows = order[start : start + self.effective_batch_size]
+            yield from [[rows[place % len(rows)] for place in places] for places in self._shares(rows)]
+
+    def fillers(self) -> list[list[bool]]:
+        """For each of this rank's lists of the epoch's last step, which of its rows only repeat others of the step."""
+        start = (self.num_global_batches - 1) * self.effective_batch_size
+        rows = self._order()[start : start + self.effective_batch_size]
+        return [[place >= len(rows) for place in places] for places in self._shares(rows)]
+
+    def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         rows = len(self.lengths)
-        order = torch.randperm(rows, generator=generator).tolist() if self.shuffle else list(range(rows))
-        for start in range(0, self.num_global_batches * self.effective_batch_size, self.effective_batch_size):
-            groups = self._groups(order[start : start + self.effective_batch_size], order)
-            # Groups of like weight side by side; the direction turns each time, so that the ranks' sums even out.
-            slots = [groups[first : first + self.dp_size] for first in range(0, len(groups), self.dp_size)]
-            mine = [slot[self.rank if turn % 2 == 0 else -1 - self.rank] for turn, slot in enumerate(slots)]
-            yield from mine if self.tokens_per_batch is None else [list(chain(*mine))]
+        return torch.randperm(rows, generator=generator).tolist() if self.shuffle else list(range(rows))
 
-    def _groups(self, rows: list[int], order: list[int]) -> list[list[int]]:
-        """The rows of a step in as many groups as all ranks have micro-batches, heaviest first."""
+    def _shares(self, rows: list[int]) -> list[list[int]]:
+        """This rank's lists of a step, as places among its rows; places behind the last stand for rows repeated."""
+        groups = self._groups(rows)
+        # Groups of like weight side by side; the direction turns each time, so that the ranks' sums even out.
+        slots = [groups[first : first + self.dp_size] for first in range(0, len(groups), self.dp_size)]
+        mine = [slot[self.rank if turn % 2 == 0 else -1 - self.rank] for turn, slot in enumerate(slots)]
+        return mine if self.tokens_per_batch is None else [list(chain(*mine))]
+
+    def _groups(self, rows: list[int]) -> list[list[int]]:
+        """The places of a step in as many groups as all ranks have micro-batches, heaviest first."""
         budget = self.tokens_per_batch
         for parts in count(self.grad_accum):
-            missing = max(self.dp_size * parts - len(rows), 0)
-            filled = [*rows, *islice(cycle(order), missing)]
-            tokens, sequences = self.sizes.lists(filled, costs=budget is None)
+            places = max(self.dp_size * parts, len(rows))
+            tokens, sequences = self.sizes.lists(list(islice(cycle(rows), places)), costs=budget is None)
             groups = balanced_groups(tokens, self.dp_size * parts, sequences)
             if budget is None or group_weight(groups[0], tokens, sequences) <= budget:
                 break  # at the latest with one row in each group
-        return [[filled[row] for row in group] for group in groups]
+        return groups
 
 
 def take_rows(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
@@ -265,6 +278,7 @@ class MicroBatchMixin:
     args: Any
     accelerator: Any
     scorer: Any
+    _shared_out_for: str | None
     _parts = 1
     _step_sampler: StepSampler | None = None
 
@@ -283,7 +297,8 @@ class MicroBatchMixin:
         seed = args.seed if args.data_seed is None else args.data_seed
         rows = self._train_batch_size * args.gradient_accumulation_steps * args.world_size  # type: ignore[attr-defined]
         self._step_sampler = StepSampler(
-            RowSizes.of_dataset(dataset, self.scorer.kind, args.max_length, **self._counting()), rows, args.world_size,
+            RowSizes.of_dataset(dataset, self._shared_out_for or self.scorer.kind, args.max_length, **self._counting()),
+            rows, args.world_size,
             args.gradient_accumulation_steps, tokens_per_batch=args.tokens_per_batch, row_ids=dataset["row_id"],
             rank=args.process_index, seed=seed, drop_last=args.dataloader_drop_last,
             shuffle=args.train_sampling_strategy != "sequential",
@@ -295,6 +310,10 @@ class MicroBatchMixin:
         if self._step_sampler is not None:
             self._step_sampler.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, **options)  # type: ignore[misc]
+
+    def fillers(self, batches: list[dict[str, Any]]) -> list[list[bool]]:
+        """See PairTrainerMixin: those of the sampler that shares out the rows, where there is one."""
+        return super().fillers(batches) if self._step_sampler is None else self._step_sampler.fillers()  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Take the rows of one optimizer step and agree over ranks on the number of parts they are cut into."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -74,6 +74,12 @@ class SafeCheckpointMixin(Trainer):
         elif resume_from_checkpoint:
             check_whole(resume_from_checkpoint, self.args.world_size)
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Of weights that are tied one is saved, and loading it has filled the others.
+        tied = self.model.all_tied_weights_keys if isinstance(self.model, PreTrainedModel) else {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.utils import parse_flag_from_env
 
 from llmalign.errors import UserError
 from llmalign.scores.scoring import AUTO, KINDS
@@ -41,6 +42,9 @@ _NAN_FILTER = "Hide NaN losses from the log; TRL's default is True."
 
 def choose_hardware(args: Any) -> str:
     """Fill in what the user left open (`use_cpu`, `bf16`, activation checkpointing) and return the choice in words."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU") and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        # accelerate would run plain data parallelism on weights that are sharded while they are loaded
+        raise UserError("ACCELERATE_USE_CPU switches DeepSpeed off: unset it and set DS_ACCELERATOR=cpu")
     on_cuda = torch.cuda.is_available() and not args.use_cpu
     on_mps = torch.backends.mps.is_available() and not args.use_cpu
     if not (on_cuda or on_mps):
@@ -161,7 +165,7 @@ class ScoreConfig(DPOConfig):
         default=50.0, metadata={"help": "Warn when the mean chosen log-prob falls this many nats below the reference."}
     )
     alarm_prompts: int = field(
-        default=8, metadata={"help": "Prompts generated for at each evaluation to spot repetition; 0: none."}
+        default=8, metadata={"help": "Prompts of the evaluation set to generate for, to spot repetition; 0: none."}
     )
     alarm_new_tokens: int = field(default=128, metadata={"help": "Longest generation of the alarm, in tokens."})
 

@@ -30,7 +30,7 @@ class CoPGTrainer(PairBase):
 
     prepare = staticmethod(prepare_groups)
     collator = GroupCollator
-    optional_metrics = frozenset({"rewards/accuracies"})
+    optional_metrics = frozenset({"rewards/accuracies", "residual"})
     reference_columns = ("ref_logps",)
     _name = "CoPG"
     _tag_names = ["llmalign", "copg"]
@@ -80,7 +80,8 @@ class CoPGTrainer(PairBase):
     def row_metrics(self, scores: GroupScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Pairwise residual |dR - beta drho|, order accuracy, and drift from the reference, per prompt.
 
-        `residual` reaches 0 at the optimum; `rewards/accuracies` is the share of unequal pairs that the implicit
+        `residual` reaches 0 at the optimum (NaN, and left out of the mean, for a row with one completion, whose loss is
+        0); `rewards/accuracies` is the share of unequal pairs that the implicit
         reward orders as the reward does (NaN, and left out of the mean, where all rewards of a row are equal).
         """
         return group_metrics(scores, inputs["rewards"].float(), self.args.beta)

@@ -111,7 +111,9 @@ def model_arguments(
     keywords = {"peft_config": get_peft_config(options), "quantization_config": quantization}
     if (Path(path) / _ADAPTER_FILE).is_file():
         if scorer:
-            raise UserError(f"{path!r} is an adapter; reward and preference models start from a whole model: merge it first")
+            raise UserError(
+                f"{path!r} is an adapter; a reward or preference model starts from a whole one: merge it first"
+            )
         return _load_adapter(path, init, quantization, trust_remote_code), {}, init
     _require_folder(path)
     try:

@@ -1,7 +1,7 @@
 """The part that every score-based trainer shares, whatever the modality: loss, metrics, evaluation, start check."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from functools import cached_property
 from typing import Any
 
@@ -12,11 +12,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from llmalign.errors import UserError
+from llmalign.scores.rounding import rounded_limit
 from llmalign.types import GroupScores, PairScores
 
 logger = logging.getLogger(__name__)
 
 START_TOLERANCE = 1e-4  # nats per sequence, float32
+FILLER = "filler"  # in a batch: (B,) bool, true where a row is repeated only to fill the batch and counts for nothing
 LENGTH_MATCHED = 0.1  # a pair whose lengths differ by at most this share of the longer one
 
 
@@ -70,6 +72,8 @@ class PairTrainerMixin:
     """
 
     accelerator: Accelerator
+    args: Any
+    train_dataset: Any
     loss_is_scaled_for_ga = True
     #: why the first batch may differ from the model that training starts from; None: it must not
     start_may_differ: str | None = None
@@ -152,7 +156,11 @@ class PairTrainerMixin:
         values = self.row_metrics(scores, inputs)
         if len(terms) > 1:
             values |= {f"loss/{name}": term for name, term in terms.items()}
-        if training:
+        if training and FILLER in inputs:
+            counted = ~inputs[FILLER]
+            losses, values = losses[counted], {name: value[counted] for name, value in values.items()}
+            self._train_rows.add(inputs["row_id"][counted], values)
+        elif training:
             self._train_rows.add(inputs["row_id"], values)
         else:
             self._eval_rows.add(inputs["row_id"], values | {"loss": losses})
@@ -162,11 +170,31 @@ class PairTrainerMixin:
         return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Take the micro-batches of one optimizer step and count its rows over all ranks."""
+        """Take the micro-batches of one optimizer step, mark fillers and count the other rows over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
-        rows = torch.tensor(sum(len(batch["row_id"]) for batch in batches), device=self.accelerator.device)
-        total = self.accelerator.reduce(rows, "sum")
+        rows = sum(len(batch["row_id"]) for batch in batches)
+        if batches and self.accelerator.gradient_state.end_of_dataloader:
+            for batch, marks in zip(batches, self.fillers(batches), strict=True):
+                if any(marks):
+                    batch[FILLER] = torch.tensor(marks, device=batch["row_id"].device)
+                    rows -= sum(marks)
+        total = self.accelerator.reduce(torch.tensor(rows, device=self.accelerator.device), "sum")
         return batches, (total if batches else None)
+
+    def fillers(self, batches: list[dict[str, Any]]) -> list[list[bool]]:
+        """For each micro-batch of an epoch's last step, which rows were repeated to give every rank as many.
+
+        accelerate deals rows out rank by rank, round by round, and fills up the last round alone. Fillers have weight
+        0, so that the step is the same for any number of processes. Not covered: a stream, whose length nobody knows.
+        """
+        marks = [[False] * len(batch["row_id"]) for batch in batches]
+        ranks = self.accelerator.num_processes
+        if ranks > 1 and isinstance(self.train_dataset, Sized) and not self.args.dataloader_drop_last:
+            size = len(marks[-1])
+            rest = len(self.train_dataset) % (size * ranks) or size * ranks
+            first = size * self.accelerator.process_index
+            marks[-1] = [place >= rest for place in range(first, first + size)]
+        return marks
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list | None = None
@@ -203,11 +231,11 @@ class PairTrainerMixin:
             logger.info("Start check: the policy is %.2e nats from the model it is compared with (%s).", gap, excuse)
             return
         exact = accelerator.mixed_precision == "no" and next(model.parameters()).dtype == torch.float32
-        limit = START_TOLERANCE
-        if not exact:
-            own = torch.tensor([self.split_gap(model, inputs)], device=accelerator.device)
-            limit = 2 * float(accelerator.gather(own).max())
-        if gap > limit:
+        own = [_largest(scores), 0.0 if exact else self.split_gap(model, inputs)]
+        over_ranks = accelerator.gather(torch.tensor([own], dtype=torch.float64, device=accelerator.device))
+        largest, noise = over_ranks.amax(dim=0).tolist()
+        limit = max(rounded_limit(START_TOLERANCE, largest), 2 * noise)
+        if not gap <= limit:
             raise UserError(
                 f"On the first batch the policy scores a response {gap:.3g} nats away from the model it started from "
                 f"(limit {limit:.3g}), so the loss would not start where the method says: the reference is another "
@@ -215,6 +243,12 @@ class PairTrainerMixin:
                 "(ref_model_name_or_path) if it is meant."
             )
         logger.info("Start check passed: policy and start differ by %.2e nats (limit %.2e).", gap, limit)
+
+
+def _largest(scores: PairScores | GroupScores) -> float:
+    """The policy's largest score, without its sign."""
+    policy = scores.policy if isinstance(scores, GroupScores) else torch.stack([scores.chosen, scores.rejected])
+    return float(policy.detach().abs().max())
 
 
 def _share_first(first: Tensor, second: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from datasets.fingerprint import Hasher
@@ -196,9 +197,8 @@ class INPOTrainer(PreferenceBase):
             elsewhere = self.last_source in ("columns", "model")
             self.start_may_differ = f"the previous iterate comes from its {self.last_source}" if elsewhere else None
         logger.info("INPO: the previous iterate is taken from %s.", _LAST_SOURCES[self.last_source])
-        looked_up = self.precompute_ref_logps and isinstance(self.train_dataset, Dataset)
-        if looked_up and self.last_source in ("model", "adapter", "start"):
-            self.map_sets(lambda rows, name: self._with_last(rows, name) if isinstance(rows, Dataset) else rows)
+        if self.precompute_ref_logps and self.last_source in ("model", "adapter", "start"):
+            self.map_sets(self._with_last)
 
     def _with_last(self, dataset: Any, name: str) -> Any:
         model = self.model if self.last_model is None else self.last_model
@@ -230,13 +230,17 @@ class INPOTrainer(PreferenceBase):
         scores = super().scores(model, inputs)
         if self.last_source == "reference":
             return replace(scores, last_chosen=scores.ref_chosen, last_rejected=scores.ref_rejected)
-        if "last_chosen_logps" in inputs:
-            last = [inputs["last_chosen_logps"].float(), inputs["last_rejected_logps"].float()]
-        else:
-            model = self.model if self.last_model is None else self.last_model
-            logps = self.frozen_logps(model, self.referred(inputs["groups"]), self._last_adapter)
-            last = list(logps.reshape(-1, 2).unbind(dim=1))
-        return replace(scores, last_chosen=last[0], last_rejected=last[1])
+        last = self._last_logps(inputs)
+        return replace(scores, last_chosen=last[:, 0], last_rejected=last[:, 1])
+
+    def _last_logps(self, inputs: dict[str, Any]) -> Tensor:
+        """Log-probs (B, 2) under the previous iterate: its columns, else the frozen model or adapter."""
+        if _LAST_COLUMNS[0] in inputs:
+            known = torch.stack([inputs[column].float() for column in _LAST_COLUMNS], dim=1)
+            if self.last_source == "columns" or not self._streams or known.isfinite().all():
+                return known
+        model = self.model if self.last_model is None else self.last_model
+        return self.frozen_logps(model, self.referred(inputs["groups"]), self._last_adapter).reshape(-1, 2)
 
     @property
     def reference_adapter(self) -> None:

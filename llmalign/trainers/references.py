@@ -29,6 +29,7 @@ from llmalign.data.reference_cache import (
 )
 from llmalign.errors import UserError
 from llmalign.scores.scoring import Scorer, batch_dependent
+from llmalign.trainers.text_scores import CHECKED_GROUPS, short_groups
 from llmalign.types import PromptGroups
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,11 @@ CHOICE_FILE = "references.json"
 AHEAD_TOKENS = 16_384  # tokens scored at a time while the cache is filled
 CHECKED_ROWS = 4
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
+def cache_root(folder: str | None) -> Path:
+    """Where log-probs are kept under a recipe's `reference_cache_dir`; None: in the user's cache."""
+    return Path(folder).expanduser() if folder else default_root()
 
 
 class RememberChoice(TrainerCallback):
@@ -116,24 +122,21 @@ class References:
         """The data set with its reference log-probs as columns, looked up or scored now."""
         if self.reference_columns[0] in next(iter(dataset)):
             return dataset
-        if isinstance(dataset, IterableDataset):
-            return self._looked_up(dataset, name)
-        model = self.ref_model if self.ref_model is not None else self.start_for_scoring()  # type: ignore[attr-defined]
+        # A stream is only looked up, so that the model need not be able to score yet.
+        start = self.model if isinstance(dataset, IterableDataset) else self.start_for_scoring()  # type: ignore[attr-defined]
+        model = self.ref_model if self.ref_model is not None else start
         return self.with_logps(dataset, name, model, self.reference_adapter, self.reference_columns)  # type: ignore[attr-defined]
 
     def with_logps(
         self, dataset: Any, name: str, model: nn.Module, adapter: str | None, columns: tuple[str, ...]
-    ) -> Dataset:
+    ) -> Any:
         """The data set with log-probs under a frozen model as columns, from the cache, which is filled first.
 
-        Raises UserError for a stream, whose rows cannot be scored ahead.
+        A stream is looked up row by row as it comes, NaN where the cache lacks one.
         """
-        if not isinstance(dataset, Dataset):
-            raise UserError(
-                "the previous iterate's log-probs cannot be computed ahead of a stream; set precompute_ref_log_probs: "
-                "false"
-            )
         cache = self._cache(model, adapter, dataset)
+        if isinstance(dataset, IterableDataset):
+            return self._looked_up(dataset, name, cache, columns)
         report = score_ahead(
             cache,
             _token_ids(dataset),
@@ -171,15 +174,19 @@ class References:
         """Reference log-probs (N,) from the columns of a batch."""
         return torch.stack([inputs[column].float() for column in self.reference_columns], dim=1).flatten()
 
-    def _looked_up(self, stream: IterableDataset, name: str) -> IterableDataset:
+    def _looked_up(
+        self, stream: IterableDataset, name: str, cache: ReferenceCache, columns: tuple[str, ...]
+    ) -> IterableDataset:
         """A stream whose rows look their log-probs up as they come; a batch that lacks one is scored on the fly."""
-        cache = self._cache(self.ref_model or self.model, self.reference_adapter, stream)  # type: ignore[attr-defined]
 
         def look_up(row: dict[str, Any]) -> dict[str, Any]:
             logps = cache.lookup(self._groups_of([row])).tolist()
-            return dict(zip(self.reference_columns, logps if len(self.reference_columns) > 1 else [logps], strict=True))
+            return dict(zip(columns, logps if len(columns) > 1 else [logps], strict=True))
 
-        logger.info("%s: a stream; its references are looked up in the cache, and what is not there is scored.", name)
+        logger.info(
+            "%s: a stream; its %s are looked up in the cache, and what is not there is scored.",
+            name, " and ".join(columns),
+        )  # fmt: skip
         return stream.map(look_up)
 
     def map_sets(self, function: Callable[[Any, str], Any]) -> None:
@@ -226,7 +233,8 @@ class References:
     def _cache(self, model: nn.Module, adapter: str | None, dataset: Any) -> ReferenceCache:
         """The cache of a frozen model's log-probs, as this run would compute them."""
         if not self._layout_checked:  # type: ignore[attr-defined]
-            self.frozen_logps(model, self._groups_of(list(islice(_token_ids(dataset), CHECKED_ROWS))), adapter)  # type: ignore[attr-defined]
+            first = self._groups_of(list(islice(_token_ids(dataset), CHECKED_ROWS)))
+            self.frozen_logps(model, short_groups(first, CHECKED_GROUPS), adapter)  # type: ignore[attr-defined]
         unwrapped = self.accelerator.unwrap_model(model)
         known = (id(unwrapped), adapter)
         if known not in self._digests:
@@ -238,8 +246,7 @@ class References:
             scoring=f"{self.scorer.kind}, {unwrapped.config._attn_implementation}",
             max_length=self.args.max_length,
         )
-        root = self.args.reference_cache_dir
-        return ReferenceCache(Path(root).expanduser() if root else default_root(), key)
+        return ReferenceCache(cache_root(self.args.reference_cache_dir), key)
 
     def _groups_of(self, rows: list[dict[str, Any]]) -> PromptGroups:
         return self.referred(self.data_collator.groups(rows))  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from llmalign.errors import UserError
+from llmalign.scores.rounding import rounded_limit
 from llmalign.trainers.pair import START_TOLERANCE
 from llmalign.trainers.text_scores import TextScores
 from llmalign.types import PromptGroups, RolloutScores
@@ -136,10 +137,7 @@ class RolloutMixin(TextScores):
 
     def token_logps(self, model: nn.Module, groups: PromptGroups, width: int) -> Tensor:
         """Log-probs (N, width) of the completions' tokens in nats, float32, 0 behind their ends."""
-        flat = self.policy_token_logps(model, groups)
-        lengths = torch.tensor(groups.lengths(), device=flat.device)
-        places = torch.arange(width, device=flat.device) < lengths[:, None]
-        return torch.zeros(places.shape, device=flat.device).masked_scatter(places, flat.float())
+        return spread(self.policy_token_logps(model, groups), groups, width)
 
     def keep(self, rows: Tensor) -> Tensor:
         """Weights that leave out where `rows`, of any shape, is false, with mean 1 over all ranks' rows."""
@@ -172,7 +170,7 @@ class RolloutMixin(TextScores):
         exact = self.accelerator.mixed_precision == "no" and next(self.model.parameters()).dtype == torch.float32
         if excuse is None and not exact:
             excuse = "low precision"
-        limit = max(START_TOLERANCE, 4 * torch.finfo(torch.float32).eps * size)
+        limit = rounded_limit(START_TOLERANCE, size)
         if excuse is None and not gap <= limit:
             raise UserError(
                 f"On the first rollout the policy scores a completion {gap:.3g} nats away from the model it started "
@@ -183,6 +181,13 @@ class RolloutMixin(TextScores):
 
     #: why the first rollout may differ from the reference; None: it must not
     start_may_differ: str | None = None
+
+
+def spread(flat: Tensor, groups: PromptGroups, width: int) -> Tensor:
+    """Numbers (S,) of the tokens of N completions as (N, width), float32, 0 behind their ends."""
+    lengths = torch.tensor(groups.lengths(), device=flat.device)
+    places = torch.arange(width, device=flat.device) < lengths[:, None]
+    return torch.zeros(places.shape, device=flat.device).masked_scatter(places, flat.float())
 
 
 def groups_of(rollout: Rollout) -> PromptGroups:

@@ -141,6 +141,8 @@ def test_file_that_is_not_there(bench: Bench) -> None:
         ("rpo", ["--model_name_or_path", "/absent/model"], ["/absent/model"]),
         ("rpo", ["--resume", "/absent/checkpoint"], ["/absent/checkpoint"]),
         ("rpo", ["--max_length", "8", "--overlong", "drop"], ["max_length 8"]),
+        ("rpo", ["--streaming", "true", "--max_steps", "-1"], ["streaming", "max_steps"]),
+        ("rpo", ["--scoring", "fast"], ["llmalign: the command line: scoring must be one of"]),
     ],
 )
 def test_bad_keys(bench: Bench, method: str, overrides: list[str], words: list[str]) -> None:

@@ -63,7 +63,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return started
 
 
-def test_a_grid_over_one_cache(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_grid_over_one_cache(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     assert main(["sweep", recipe, "beta=.05,1e-1,.3", "--learning_rate", "2e-3"]) == 0
     said = json.loads((tmp_path / "grid/sweep.json").read_text())
     runs = said["runs"]
@@ -78,6 +81,10 @@ def test_a_grid_over_one_cache(recipe: str, tmp_path: Path, capsys: pytest.Captu
         assert (noted["beta"], noted["learning_rate"]) == (run["values"]["beta"], 2e-3)
     shown = capsys.readouterr().out
     assert "Best by accuracy: beta=" in shown and shown.count("finished") == 3
+    assert [m for m in caplog.messages if m.startswith("References")] == [
+        f"References: looked up in {tmp_path / 'cache/reference'}; what is not there is scored by the first run that "
+        "needs it."
+    ]
 
 
 def test_each_combination_once_in_order(recipe: str, runs: list[str]) -> None:
@@ -99,6 +106,7 @@ def test_each_combination_once_in_order(recipe: str, runs: list[str]) -> None:
         (["output_dir=a,b"], "cannot be swept"),
         (["beta=.1", "--beta", "2"], "given twice"),
         (["dataset_name={weight: 1},x"], "path"),
+        (["beta=.1,.2", "--streaming", "true", "--max_steps", "0", "--holdout_rows", "0"], "set `max_steps`"),
     ],
 )
 def test_a_bad_value_stops_everything(

@@ -1,4 +1,4 @@
-"""Killed with SIGKILL in the middle of a rollout and resumed, an on-policy run ends at the bytes of an undisturbed one."""
+"""Killed with SIGKILL inside a rollout and resumed, an on-policy run ends at the bytes of an undisturbed one."""
 
 import json
 from pathlib import Path

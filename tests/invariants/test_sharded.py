@@ -24,7 +24,7 @@ RUNS = {
     "dpo": {
         "shared": FLY, "free": FLY | {"scoring": "padding_free"}, "padded": FLY | {"scoring": "padded"},
         "checkpointed": FLY | {"activation_checkpointing": True}, "cached": {"precompute_ref_log_probs": True},
-        "tokens": FLY | {"tokens_per_batch": 200},
+        "tokens": FLY | {"tokens_per_batch": 200}, "accumulated": FLY | {"gradient_accumulation_steps": 2},
     },
     "lora": {"shared": FLY, "all": {"activation_checkpointing": True, "precompute_ref_log_probs": True}},
     "copg": {"shared": {}, "free": {"scoring": "padding_free"}},
@@ -47,14 +47,18 @@ for method, variants in runs.items():
     }.get(method, (PairTrainer, PairConfig, tiny.pairs))
     for name, options in variants.items():
         folder = os.path.join(out, f"{method}-{name}")
+        batch = 8 // world // options.get("gradient_accumulation_steps", 1)
+        args = config(
+            output_dir=folder, use_cpu=True, per_device_train_batch_size=batch, max_steps=3, optim="sgd",
+            learning_rate=1e-4 if method in ("copg", "inpo") else 0.01, logging_steps=1, save_strategy="no",
+            report_to="none", disable_tqdm=True, alarm_prompts=0, max_length=96,
+            reference_cache_dir=os.path.join(out, "cache"), **options,
+        )
+        if wrapper == "DeepSpeedEngine":  # which would keep weights as small as these whole on every rank
+            args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         built = trainer(
             model=start,
-            args=config(
-                output_dir=folder, use_cpu=True, per_device_train_batch_size=8 // world, max_steps=3, optim="sgd",
-                learning_rate=1e-4 if method in ("copg", "inpo") else 0.01, logging_steps=1, save_strategy="no",
-                report_to="none", disable_tqdm=True, alarm_prompts=0, max_length=96,
-                reference_cache_dir=os.path.join(out, "cache"), **options,
-            ),
+            args=args,
             train_dataset=rows(16),
             processing_class=tiny.tokenizer(),
             peft_config=copy.deepcopy(LORA) if method == "lora" else None,
@@ -62,9 +66,12 @@ for method, variants in runs.items():
         built.train()
         assert built.accelerator.num_processes == world, "the processes do not know each other"
         assert type(built.model_wrapped).__name__ == wrapper, type(built.model_wrapped).__name__
+        if wrapper == "DeepSpeedEngine":
+            assert not any(weight.numel() for weight in built.model.parameters()), "the weights are not sharded"
         built.save_model(folder)
         entries = [entry for entry in built.state.log_history if "loss" in entry]
-        results[f"{method}-{name}"] = [[entry["loss"], entry["grad_norm"]] for entry in entries]
+        steps = [[entry["loss"], entry["grad_norm"]] for entry in entries]
+        results[f"{method}-{name}"] = {"steps": steps, "operations": built.state.total_flos}
         main = built.is_world_process_zero()
         del built
 if main:
@@ -127,11 +134,13 @@ def test_two_processes_in_every_layout_equal_one_padded(wrapper, launcher, one_p
     start, expected, final = one_process
     out, found = launch(tmp_path, start, wrapper, RUNS, launcher)
     assert set(found) == {f"{method}-{name}" for method, runs in RUNS.items() for name in runs}
-    for run, steps in found.items():
+    for run, measured in found.items():
         alone = f"{run.split('-')[0]}-one"
-        for (loss, norm), (loss_alone, norm_alone) in zip(steps, expected[alone], strict=True):
+        assert measured["operations"] == expected[alone]["operations"] > 0, f"{run} counts shards, not weights"
+        for (loss, norm), (loss_alone, norm_alone) in zip(measured["steps"], expected[alone]["steps"], strict=True):
             assert loss == pytest.approx(loss_alone, rel=1e-5, abs=1e-5), run
             assert norm == pytest.approx(norm_alone, rel=1e-5, abs=1e-5), run
         for name, weight in weights(out / run).items():
             torch.testing.assert_close(weight, final[alone][name], rtol=1e-5, atol=1e-5, msg=f"{run} {name}")
-    AutoModelForCausalLM.from_pretrained(out / "dpo-shared")
+    for name, weight in AutoModelForCausalLM.from_pretrained(out / "dpo-shared").named_parameters():
+        torch.testing.assert_close(weight.detach(), final["dpo-one"][name], rtol=1e-5, atol=1e-5, msg=name)

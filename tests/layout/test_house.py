@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,15 @@ def test_make_knows_every_command_that_the_readme_names() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in ("setup", "quickstart", "test", "test-all", "lint", "claims", "bench"):
         assert f"\n{target}: " in makefile
+
+
+def test_one_lowest_python_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    lowest = project["project"]["requires-python"].removeprefix(">=")
+    assert project["tool"]["ruff"]["target-version"] == f"py{lowest.replace('.', '')}"
+    assert project["tool"]["mypy"]["python_version"] == lowest
+    for name in ("README.md", "Makefile"):
+        assert f"Python {lowest} or newer" in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 def test_ci_script_is_executable_and_parses() -> None:

@@ -62,6 +62,40 @@ def test_method_can_be_overridden(write) -> None:
     assert load_recipe(write(BASE), ["--method", "dpo"]).method.name == "dpo"
 
 
+@pytest.mark.parametrize(
+    ("extra", "words", "blamed"),
+    [
+        ("", ["--scoring", "fast"], "the command line: scoring must be one of"),
+        ("scoring: fast\n", ["--beta", "0.1"], "{path}: scoring must be one of"),
+        ("scoring: fast\n", ["--scoring", "quick"], "the command line: scoring must be one of .* got 'quick'"),
+        ("", ["--method", "rdpo", "--flip_rate=0.5"], "the command line: flip_rate must be in"),
+        ("", ["--load_in_4bit", "true"], "the command line: load_in_4bit and load_in_8bit"),
+        ("load_in_8bit: true\n", [], "{path}: load_in_4bit and load_in_8bit"),
+    ],
+)
+def test_a_bad_value_is_blamed_on_where_it_came_from(write, extra: str, words: list[str], blamed: str) -> None:
+    path = write(BASE + extra)
+    recipe = load_recipe(path, words)
+    with pytest.raises(UserError, match="^" + blamed.format(path=path)):
+        recipe.training_config()
+        recipe.model_config()
+
+
+def test_an_unknown_method_is_blamed_on_where_it_came_from(write) -> None:
+    path = write(BASE)
+    with pytest.raises(UserError, match="^the command line: unknown method 'rppo'"):
+        load_recipe(path, ["--method", "rppo"])
+    with pytest.raises(UserError, match=f"^{path}: unknown method 'ppo'"):
+        load_recipe(write(BASE.replace("rpo", "ppo")))
+
+
+def test_what_no_key_causes_is_blamed_on_no_file(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="^ACCELERATE_USE_CPU switches DeepSpeed off"):
+        load_recipe(write(BASE)).training_config()
+
+
 def test_limits_and_data_keys(write) -> None:
     recipe = load_recipe(write(BASE + "max_truncated: 0.2\noverlong: drop\nmax_rows: 7\nwhere: {split: train}\n"))
     assert recipe.limits.truncated == 0.2

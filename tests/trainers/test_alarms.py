@@ -47,12 +47,14 @@ def test_prompts_are_cut_from_the_left_to_leave_room() -> None:
 def test_from_args_reads_the_evaluation_rows_and_leaves_room(caplog: pytest.LogCaptureFixture) -> None:
     args = SimpleNamespace(alarm_prompts=2, alarm_new_tokens=128, alarm_chosen_drop=5.0, max_length=6)
     with caplog.at_level(logging.INFO):
-        alarms = AlarmCallback.from_args(args, ROWS, {"held_out": ROWS[3:], "other": ROWS})
+        alarms = AlarmCallback.from_args(args, {"held_out": ROWS[3:], "other": ROWS})
     assert (alarms.new_tokens, alarms.chosen_drop) == (3, 5.0)
     assert alarms.prompt_ids == [[11, 12, 13], [11, 12, 13]]
     assert caplog.messages == ["Alarms draw 3 tokens an answer, half of max_length, to leave room for prompts."]
     args.max_length = None
-    assert AlarmCallback.from_args(args, ROWS, None).prompt_ids == [row["prompt_ids"] for row in ROWS[:2]]
+    assert AlarmCallback.from_args(args, ROWS).prompt_ids == [row["prompt_ids"] for row in ROWS[:2]]
+    nothing_measured = AlarmCallback.from_args(args, None)
+    assert (nothing_measured.prompt_ids, nothing_measured.chosen_drop) == ([], 5.0)
 
 
 def log(alarms: AlarmCallback, tmp_path: Path, step: int, main: bool = True, **logs: float) -> None:

@@ -188,14 +188,22 @@ def test_the_rows_of_a_step_are_the_same_whoever_scores_them(kind: str) -> None:
         assert [rows_of(step) for step in steps(of, world, drop_last=True, **options)] == expected[:-1]
 
 
-def test_a_tail_smaller_than_its_parts_repeats_rows_from_the_start_of_the_epoch() -> None:
+def test_a_tail_smaller_than_its_parts_repeats_its_own_rows_and_says_which() -> None:
     of = RowSizes(np.full(11, 100), np.full(11, 100))
     assert rows_of(steps(of, 2, effective=8, tokens_per_batch=200)[-1]) == rows_of(steps(of, 1, effective=8)[-1])
     whole = steps(of, 2, effective=8, tokens_per_batch=100)
-    first = torch.randperm(11, generator=torch.Generator().manual_seed(3))[0].item()
-    missing = set(range(11)) - set(rows_of(whole[0]))
-    assert len(whole) == 2 and rows_of(whole[1]) == sorted([*missing, first])  # two parts on each of two ranks
+    tail = torch.randperm(11, generator=torch.Generator().manual_seed(3))[8:].tolist()
+    assert len(whole) == 2 and rows_of(whole[1]) == sorted([*tail, tail[0]])  # two parts on each of two ranks
     assert all(len(share) == 2 for share in whole[1])
+    for options, lists in (({"tokens_per_batch": 100}, 1), ({"grad_accum": 4}, 4)):
+        counted = []
+        for rank in range(2):
+            own = sampler(of, rank, 2, effective=8, **options)
+            ends, marks = list(own)[-lists:], own.fillers()
+            assert [len(rows) for rows in ends] == [len(places) for places in marks]
+            pairs = zip(itertools.chain(*ends), itertools.chain(*marks), strict=True)
+            counted += [row for row, filler in pairs if not filler]
+        assert sorted(counted) == sorted(tail)
 
 
 def test_the_order_follows_the_seed_and_the_epoch() -> None:

@@ -83,3 +83,11 @@ def test_rdpo_picks_its_best_checkpoint_by_accuracy(tmp_path):
         output_dir=str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps"
     )
     assert (args.metric_for_best_model, args.greater_is_better) == ("rewards/accuracies", True)
+
+
+def test_a_launch_that_would_switch_deepspeed_off_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert RPOConfig(output_dir=str(tmp_path), use_cpu=True).use_cpu
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="unset it and set DS_ACCELERATOR=cpu"):
+        RPOConfig(output_dir=str(tmp_path), use_cpu=True)

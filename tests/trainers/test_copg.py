@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmalign import CoPGConfig, CoPGTrainer
+from llmalign.data.collators import GroupCollator
 from llmalign.errors import UserError
 from llmalign.scores import sequence_logps
 from tests.trainers import tiny
@@ -104,3 +105,32 @@ def test_conversational_groups_share_their_prompt(start, tmp_path):
     assert tokenizer.decode(row["prompt_ids"]) == "<|user|>hi<|assistant|>"
     assert [tokenizer.decode(ids) for ids in row["completion_ids"]] == ["yes<|end|>", "no<|end|>", "well<|end|>"]
     trainer.train()
+
+
+ONE = {"prompt": "q", "completions": ["alone"], "rewards": [0.5]}
+NONE = {"prompt": "q", "completions": [], "rewards": []}
+
+
+def test_a_row_with_one_completion_counts_in_the_loss_and_not_in_the_residual(start, tmp_path):
+    """Its loss is 0, so the mean over rows is smaller; no pair of its own has a residual."""
+    two, both = tiny.groups(3, seed=3), tiny.Dataset.from_list([*tiny.groups(3, seed=3), ONE])
+    logged = []
+    for name, data in (("two", two), ("both", both)):
+        trainer = build(start, tmp_path / name, data=data, max_steps=1, normalize_rewards="group")
+        assert trainer.evaluate(data)["eval_residual"] == pytest.approx(trainer.evaluate(two)["eval_residual"])
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
+    assert logged[1]["residual"] == pytest.approx(logged[0]["residual"], rel=1e-5)
+    assert logged[1]["grad_norm"] == pytest.approx(0.75 * logged[0]["grad_norm"], rel=1e-4)
+    assert not any(value != value for value in logged[1].values() if isinstance(value, float))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_row_without_completions_is_named(start, tmp_path, stream):
+    data = tiny.Dataset.from_list([*tiny.groups(3), NONE])
+    with pytest.raises(UserError, match="Row 3 of train has no completions"):
+        trainer = build(start, tmp_path, data=data.to_iterable_dataset() if stream else data)
+        list(trainer.train_dataset)
+    ids = {"row_id": 7, "prompt_ids": [5], "completion_ids": [], "rewards": []}
+    with pytest.raises(UserError, match="Row 7 has no completions"):
+        GroupCollator()([ids])

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,8 +23,11 @@ from llmalign import (
 )
 from llmalign.data.reference_cache import Report
 from llmalign.errors import UserError
+from llmalign.scores.scoring import Scorer
+from llmalign.trainers.text_scores import short_groups
+from llmalign.types import PromptGroups
 from tests.trainers import tiny
-from tests.trainers.building import LORA, build
+from tests.trainers.building import LORA, batch, build
 
 METHODS = {
     "dpo": (PairTrainer, PairConfig, {"loss": "dpo"}),
@@ -162,6 +166,24 @@ def test_a_stream_looks_up_what_the_cache_has(method, start, tmp_path):
     assert_same(outcome(stream), outcome(fly))
 
 
+def test_a_stream_looks_up_the_previous_iterate_too(start, other, tmp_path):
+    options = {"last_model_name_or_path": other, "optim": "sgd", "learning_rate": 1e-4}
+    cache = {"reference_cache_dir": str(tmp_path / "cache")}
+    data = tiny.pairs(8)
+    build(
+        INPOTrainer, INPOConfig, start, tmp_path / "a", data=data.select(range(5)), precompute_ref_log_probs=True,
+        **options, **cache,
+    )  # fmt: skip
+    stream = build(
+        INPOTrainer, INPOConfig, start, tmp_path / "b", data=data.to_iterable_dataset(), precompute_ref_log_probs=None,
+        **options, **cache,
+    )  # fmt: skip
+    for column in ("ref_chosen_logps", "last_chosen_logps", "last_rejected_logps"):
+        assert np.isfinite([row[column] for row in stream.train_dataset]).tolist() == [True] * 5 + [False] * 3, column
+    fly = build(INPOTrainer, INPOConfig, start, tmp_path / "c", data=data.to_iterable_dataset(), **options)
+    assert_same(outcome(stream), outcome(fly))
+
+
 def test_prompt_learning_is_refused(start, tmp_path):
     from peft import PromptTuningConfig
 
@@ -196,6 +218,52 @@ def test_a_wrong_layout_falls_back_aloud_and_trains_right(start, tmp_path, caplo
     found = outcome(trainer)
     assert trainer.scorer.kind == "padded" and "falling back on padding_free" in caplog.text
     assert_same(found, outcome(build(PairTrainer, PairConfig, start, tmp_path / "b", scoring="padded", **options)))
+
+
+def test_a_resumed_run_keeps_its_layout(start, tmp_path, caplog):
+    """Begun in padded rows, because the first batch failed its check; the next one would pass."""
+    caplog.set_level(logging.INFO)
+    options = {"save_strategy": "steps", "save_steps": 1, "tokens_per_batch": 250}
+    first = build(PairTrainer, PairConfig, start, tmp_path / "run", **options)
+    first.model.set_attn_implementation("sdpa")  # does not know about trees
+    first.train()
+    assert first.scorer.kind == "padded"
+    assert json.loads((tmp_path / "run/checkpoint-1/scoring.json").read_text()) == {
+        "scoring": "padded", "shared_out_for": "shared_prompt"
+    }  # fmt: skip
+    again = build(PairTrainer, PairConfig, start, tmp_path / "again", **options)
+    assert again.scorer.kind == "shared_prompt"
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+    assert again.scorer.kind == "padded" and "Scoring: padded, as the run began." in caplog.text
+    for (name, weight), other in zip(first.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+
+
+def test_a_layout_that_the_model_cannot_score_is_not_kept(start, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    build(PairTrainer, PairConfig, start, tmp_path / "run", **options).train()
+    eager = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="eager")
+    again = build(PairTrainer, PairConfig, eager, tmp_path / "again", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+    assert again.scorer.kind == "padded"
+
+
+def test_the_layout_is_checked_on_short_rows_alone(start, tmp_path, monkeypatch):
+    checked = []
+    gaps = Scorer.gaps
+
+    def spy(self, model, groups, **options):
+        checked.append(groups)
+        return gaps(self, model, groups, **options)
+
+    monkeypatch.setattr(Scorer, "gaps", spy)
+    trainer = build(CoPGTrainer, CoPGConfig, start, tmp_path, data=tiny.groups(8), per_device_train_batch_size=8)
+    inputs = batch(trainer)
+    trainer.scores(trainer.model, inputs)
+    (groups,) = checked
+    assert sorted(groups.unique_tokens()) == sorted(inputs["groups"].unique_tokens())[:2]
+    one_first = PromptGroups([[1], [1, 2], [1, 2, 3]], [[[4]], [[5], [6]], [[7], [8]]])
+    assert short_groups(one_first, 2).counts() == [2, 2]
 
 
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])

@@ -1,5 +1,6 @@
 """Scores, losses, metrics and references of the pair trainers, against numbers computed without them."""
 
+import contextlib
 import copy
 
 import pytest
@@ -177,6 +178,24 @@ def test_bf16_passes_the_start_check_within_its_own_noise(start, tmp_path, caplo
     with caplog.at_level("INFO"):
         trainer.train()
     assert "Start check passed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("size", "gap", "passes"),
+    [
+        (50.0, 9e-5, True),
+        (50.0, 2e-4, False),
+        (3000.0, 2.0**-12 * 4, True),  # 3,000 nats in float32: units of 2.4e-4
+        (3000.0, 2e-3, False),
+        (3000.0, float("nan"), False),
+    ],
+)
+def test_the_start_check_knows_the_rounding_of_long_sums(start, tmp_path, size, gap, passes):
+    trainer = build(PairTrainer, PairConfig, start, tmp_path)
+    chosen = torch.tensor([-size, -20.0])
+    scores = PairScores(chosen, torch.tensor([-10.0, -30.0]), chosen + gap, torch.tensor([-10.0, -30.0]))
+    with contextlib.nullcontext() if passes else pytest.raises(UserError, match="nats away from the model"):
+        trainer._check_start(trainer.model, batch(trainer), scores)
 
 
 def test_lora_s_reference_is_the_model_without_its_adapter(start, tmp_path):
