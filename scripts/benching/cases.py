@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 PAIRS = 4  # a batch
+PROMPTS = 16  # a rollout
 MAX_LENGTH = 2048  # nothing is truncated: prompts and completions end at 1,024 tokens
 SPECIAL = ("<pad>", "<eos>", "<unk>")  # the first ids of the vocabulary
 MEAN, SIGMA, SHORTEST, LONGEST = 200, 0.7, 8, 1024  # tokens of a lognormal text; SIGMA is of the logarithm
@@ -39,7 +40,8 @@ class Group:
 class Case:
     """One line of the table. A batch is PAIRS pairs, or in a `forward_backward` case one prompt with `completions`.
 
-    `time_target`: TRL's time over ours, at least. `memory_target`: our memory over TRL's, at most.
+    `time_target`: TRL's time over ours, at least. `memory_target`: our memory over TRL's, at most. `method`: a sampling
+    method of ours beside TRL's GRPOTrainer, where a step draws `completions` of PROMPTS prompts and trains on them.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Case:
     cached: bool = False
     lognormal: bool = False
     forward_backward: bool = False
+    method: str | None = None
     vocabulary: int | None = None
     shape: Shape = Shape("llama", 384, 6, 6, 6, 1024, 8192)
 
@@ -65,7 +68,7 @@ class Case:
         return max(steps, 8) if self.lognormal else steps
 
 
-CASES = {
+PAIR_CASES = {
     case.name: case
     for case in (
         Case("512-128", 2.0, 0.62),
@@ -78,6 +81,14 @@ CASES = {
         Case("cached", 2.8, 0.6, cached=True),
     )
 }
+SAMPLED_CASES = {
+    f"{method}-{prompt}": Case(
+        f"{method}-{prompt}", target, 1.0, prompt=prompt, completion=64, completions=4, method=method
+    )
+    for prompt, target in ((64, 1.0), (256, 1.3))
+    for method in ("copg_online", "mdpo", "fdpg", "pf_ppo")
+}
+CASES = PAIR_CASES | SAMPLED_CASES
 #: about half a billion parameters
 QWEN = Shape("qwen2", 896, 24, 14, 2, 4864, 151936)
 TINY, TINY_SHARE = Shape("llama", 32, 2, 2, 2, 64, 256), 16
@@ -116,7 +127,8 @@ def batches(case: Case, count: int, *, quick: bool = False) -> list[list[Group]]
         prompt = length(case.prompt)
         return Group(prompt, tuple(length(case.completion) for _ in range(case.completions)))
 
-    return [[group() for _ in range(1 if case.forward_backward else PAIRS)] for _ in range(count)]
+    groups = PROMPTS if case.method else 1 if case.forward_backward else PAIRS
+    return [[group() for _ in range(groups)] for _ in range(count)]
 
 
 def texts(groups: list[Group], vocabulary: int) -> list[tuple[str, list[str]]]:

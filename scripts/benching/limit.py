@@ -14,6 +14,7 @@ fed because no score depends on what follows it:
              with LoRA 2 * 2 (T W + S H) + 3 * 4 A D + 6 T L, L parameters of the adapters: frozen weights need no
              gradient of their own
     reference F
+    sampling F                                (each prompt read once; further passes over a rollout are not counted)
 
 Norms, embeddings, softmax, rotations, the optimizer and every recomputation count as nothing. The last layer is counted
 at all tokens although only the scored ones need all of it, so that the formula stays tokens times parameters.
@@ -54,6 +55,11 @@ def fed_tokens(group: Group) -> int:
     return group.prompt + sum(length - 1 for length in group.completions)
 
 
+def sampled_flops(dense: int, attention: int) -> int:
+    """Of a rollout that serves one step: every token read or drawn once, then the reference and the policy on them."""
+    return (1 + 1 + 3) * (dense + attention)
+
+
 def step_flops(case: Case, groups: Iterable[Group]) -> int:
     """Floating-point operations of one step of the case on these groups; see the module."""
     shape = case.shape
@@ -69,5 +75,7 @@ def step_flops(case: Case, groups: Iterable[Group]) -> int:
     if case.lora:
         adapters = shape.layers * LORA_RANK * sum(inputs + outputs for inputs, outputs in matrices(shape))
         policy = 2 * dense + 3 * attention + 6 * tokens * adapters
+    if case.method is not None:
+        return sampled_flops(dense, attention)
     reference = 0 if case.cached or case.forward_backward else dense + attention
     return policy + reference

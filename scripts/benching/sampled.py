@@ -62,7 +62,9 @@ def sample(job: cases.Job, tokenizer: PreTrainedTokenizerBase) -> Outcome:
     }
     torch.manual_seed(0)
     if job.contender == "trl":
-        trainer: Any = GRPOTrainer(job.model, even, GRPOConfig(**common), train_dataset=rows, processing_class=tokenizer)
+        trainer: Any = GRPOTrainer(
+            job.model, even, GRPOConfig(**common), train_dataset=rows, processing_class=tokenizer
+        )
     else:
         method = METHODS[case.method]
         trainer = method.trainer(

@@ -16,7 +16,7 @@ import transformers  # noqa: E402
 import trl  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from benching import cases, contenders, limit  # noqa: E402
+from benching import cases, contenders, limit, sampled  # noqa: E402
 
 REPETITIONS = 8  # of every matrix product; the best counts
 
@@ -46,7 +46,8 @@ def measure(job: cases.Job) -> dict:
     """Run the job; returns its numbers as JSON can hold them."""
     started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    run = contenders.forward_backward if job.get_case().forward_backward else contenders.train
+    case = job.get_case()
+    run = sampled.sample if case.method else contenders.forward_backward if case.forward_backward else contenders.train
     outcome = run(job, tokenizer)
     return {
         **asdict(job),
