@@ -20,10 +20,10 @@ USAGE_ERROR = 2
 SOMETHING_WRONG = 1
 
 TRAIN_HELP = """\
-RECIPE is a YAML file, or one that is shipped, such as trainers/rpo/recipe.yaml. It names `method` (rpo, rdpo, inpo, copg,
-pair, dpo, sft, reward, preference; sampling as they go: copg_online, fdpg, pf_ppo, mdpo), `model_name_or_path` (a folder,
-a Hub name or embedded:tiny), `dataset_name` (a file, a folder, a Hub name or sample:pairs), and any field of the method's
-config. Every key can be given as --key value.
+RECIPE is a YAML file, or one that is shipped, such as trainers/rpo/recipe.yaml. It names `method` (rpo, rdpo, inpo,
+copg, pair, dpo, sft, reward, preference; sampling as they go: copg_online, fdpg, pf_ppo, mdpo), `model_name_or_path`
+(a folder, a Hub name or embedded:tiny), `dataset_name` (a file, a folder, a Hub name or sample:pairs), and any field
+of the method's config. Every key can be given as --key value.
 A method's own keys are in trainers/<method>/README.md; the others are TRL's ModelConfig and transformers'
 TrainingArguments. Data keys: columns, where, max_rows, streaming, eval_datasets, dataset_test_split, overlong and the
 doctor's limits (max_truncated, max_identical, ...).
@@ -165,7 +165,7 @@ def _add_reliability(commands: Any, layout: dict[str, Any]) -> None:
     command.add_argument("data", metavar="DATA")
     command.add_argument("--strategies", metavar="A,B", help="none,best_of_n,best_random,best_worst,power (all)")
     command.add_argument("--n_groups", type=int, default=20, metavar="N", help="groups of equal width (20)")
-    command.add_argument("--power", type=float, default=1.0, metavar="K", help="power: weights |reward|^K (1)")
+    command.add_argument("--power", type=float, default=3.0, metavar="K", help="power: weights |reward|^K (3)")
     command.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (1000)")
     command.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
     command.add_argument("--out", metavar="PNG", help="draw groups of rewards against their scores")

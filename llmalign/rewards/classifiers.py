@@ -30,10 +30,10 @@ def load_classifier(
 ) -> tuple[PreTrainedModel, Any]:
     """The model in evaluation mode and its own tokenizer, which can pad; an adapter is merged into its base.
 
-    Weights are read from safetensors alone. Left open, `device` is CUDA where there is one and `dtype` bfloat16 there,
-    float32 on a CPU. Raises UserError where nothing can be loaded, where the head is missing (a language model has
-    none, and it would be drawn at random), and where the model has several labels. Not covered: sharded and quantized
-    models.
+    Whole models are read from safetensors alone, adapters as PEFT reads them. Left open, `device` is CUDA where there
+    is one and `dtype` bfloat16 there, float32 on a CPU. Raises UserError where nothing can be loaded, where the head is
+    missing (a language model has none, and it would be drawn at random), and where the model has several labels. Not
+    covered: sharded and quantized models.
     """
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:

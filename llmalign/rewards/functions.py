@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import inspect
 import logging
-import math
 import re
 import sys
 from collections import Counter
@@ -25,12 +24,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from llmalign.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Any]
 NOT_A_REWARD = float("nan")
+LARGEST = torch.finfo(torch.float32).max  # rewards are kept in float32
+PASSED_ON = (UserError, MemoryError, torch.OutOfMemoryError)
 LOGGED_MESSAGES = 20  # distinct ones; messages that quote their row would fill the log
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -124,8 +127,9 @@ class Guarded:
     for a row that failed (NaN, infinite, no number, or an exception), which a trainer must leave out of its loss. Where
     the whole batch raises, or comes back in another length, the function is called again row by row; a function that
     compares the rows of its batch, or has side effects, sees that. `failed` lists the failures of the last call,
-    `count` counts all, `messages` by message; each distinct message is logged once. Raises UserError where every row
-    of a batch fails, and passes on a UserError that the function raises. Not covered: a function that never returns.
+    `count` counts all, `messages` by message; each distinct message is logged once. A UserError and
+    a lack of memory are passed on. Not covered: a function that never returns, and one that fails on every row, which
+    whoever sees all rows must notice.
     """
 
     def __init__(self, function: RewardFunction, name: str | None = None) -> None:
@@ -134,13 +138,14 @@ class Guarded:
         self.failed: list[Failure] = []
         self.count = 0
         self.messages: Counter[str] = Counter()
+        self._said = False
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """One reward a prompt; `columns` holds `completion_ids`, the data set's columns and what TRL passes beside."""
         whole = {"prompts": prompts, "completions": completions, **columns}
         try:
             rewards = _as_list(self.function(**whole), len(prompts))
-        except UserError:
+        except PASSED_ON:
             raise
         except Exception as error:
             self._say_row_by_row(error)
@@ -151,7 +156,7 @@ class Guarded:
         """The reward of one row, or the exception that it raised."""
         try:
             return _as_list(self.function(**arguments), 1)[0]
-        except UserError:
+        except PASSED_ON:
             raise
         except Exception as error:
             return error
@@ -166,11 +171,6 @@ class Guarded:
                 self.failed.append(Failure(row, row_ids[row], fault))
             results.append(value)
         self._record()
-        if self.failed and len(self.failed) == len(rewards):
-            raise UserError(
-                f"The reward function {self.__name__} fails on all {len(rewards)} rows of a batch; the first is "
-                f"{self.failed[0]}. Put the function right; a row that it does not apply to returns None."
-            )
         return results
 
     def _record(self) -> None:
@@ -188,7 +188,13 @@ class Guarded:
                 logger.warning("Reward function %s: further messages are counted and not logged.", self.__name__)
 
     def _say_row_by_row(self, error: Exception) -> None:
-        logger.debug("%s failed on a whole batch (%s); it is called row by row.", self.__name__, _shown(error))
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "Reward function %s failed on a whole batch (%s); it is called again row by row, now and whenever that "
+                "happens.",
+                self.__name__, _shown(error),
+            )  # fmt: skip
 
 
 class AsyncGuarded(Guarded):
@@ -201,7 +207,7 @@ class AsyncGuarded(Guarded):
         whole = {"prompts": prompts, "completions": completions, **columns}
         try:
             rewards = _as_list(await self.function(**whole), len(prompts))
-        except UserError:
+        except PASSED_ON:
             raise
         except Exception as error:
             self._say_row_by_row(error)
@@ -212,7 +218,7 @@ class AsyncGuarded(Guarded):
         try:
             pending: Awaitable[Any] = self.function(**arguments)
             return _as_list(await pending, 1)[0]
-        except UserError:
+        except PASSED_ON:
             raise
         except Exception as error:
             return error
@@ -278,7 +284,7 @@ def _number(reward: Any) -> tuple[float | None, str | None]:
         value = None
     if value is None:
         return NOT_A_REWARD, f"gave {_brief(reward)}, which is no number"
-    return (value, None) if math.isfinite(value) else (NOT_A_REWARD, f"gave {value}")
+    return (value, None) if abs(value) <= LARGEST else (NOT_A_REWARD, f"gave {value}")
 
 
 def _shown(error: Exception) -> str:

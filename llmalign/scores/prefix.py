@@ -6,7 +6,7 @@ branch to a tree, so that every completion has its prompt to itself. The last to
 score depends on what follows it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,8 @@ from llmalign.types import PromptGroups
 SDPA, FLASH, FLEX = "shared_prompt_sdpa", "shared_prompt_flash", "flex_attention"
 #: what a model is loaded with -> the attention that reads trees and leaves everything else to the former
 IMPLEMENTATIONS = {"sdpa": SDPA, "flash_attention_2": FLASH, "flex_attention": FLEX}
+#: queries at a time where no kernel leaves masked keys out by itself: a block is given no key behind its last query
+BLOCK = 96
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Forest:
         self.trees = trees
         self.device = device
         self.total = trees[-1].stop
-        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._masks: dict[torch.dtype, Tensor] = {}
 
     @cached_property
     def pieces(self) -> list[int]:
@@ -69,6 +71,18 @@ class Forest:
         return [
             length for tree in self.trees for length in (tree.prompt + tree.branches[0], *tree.branches[1:])
         ]  # fmt: skip
+
+    def blocks(self, length: int) -> list[int]:
+        """Lengths, nearly equal, of the blocks that a piece's queries go through attention in."""
+        if self.device.type == "cuda":
+            return [length] if length else []  # the fused kernels skip what a causal mask hides
+        count = -(-length // BLOCK)
+        return [length // count + (block < length % count) for block in range(count)]
+
+    @cached_property
+    def query_blocks(self) -> list[int]:
+        """The blocks of all pieces in the order of the row."""
+        return [block for length in self.pieces for block in self.blocks(length)]
 
     @cached_property
     def scored(self) -> Tensor:
@@ -87,15 +101,15 @@ class Forest:
                 before += length
         return torch.tensor(last, device=self.device)
 
-    def branch_mask(self, prompt: int, branch: int, dtype: torch.dtype) -> Any:
-        """What a branch sees of [prompt | branch]: all of the prompt, and itself causally."""
+    def mask(self, queries: int, keys: int, dtype: torch.dtype) -> Any:
+        """What the last `queries` of `keys` tokens see: all that is before them, and themselves causally."""
         if self.device.type == "cuda":
-            return causal_lower_right(branch, prompt + branch)  # handled inside the fused kernels
-        key = (prompt, branch, dtype)
-        if key not in self._masks:
-            mask = torch.full((branch, prompt + branch), -torch.inf, dtype=dtype, device=self.device)
-            self._masks[key] = mask.triu_(diagonal=prompt + 1)
-        return self._masks[key]
+            return causal_lower_right(queries, keys)  # handled inside the fused kernels
+        longest = max(tree.prompt + length for tree in self.trees for length in tree.branches)
+        if dtype not in self._masks:  # one for all: each is a part of the mask of a whole block behind all keys
+            full = torch.full((BLOCK, longest + BLOCK), -torch.inf, dtype=dtype, device=self.device)
+            self._masks[dtype] = full.triu_(diagonal=longest + 1)
+        return self._masks[dtype][:queries, longest + queries - keys : longest + queries]
 
     @cached_property
     def varlen(self) -> Varlen:
@@ -216,28 +230,36 @@ def _sdpa(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     # One split each: its gradient is one concatenation, where slices would each fill a whole row with zeros.
-    pieces = zip(*(tensor.split(forest.pieces, dim=2) for tensor in (query, key, value)), strict=True)
-    results = []
+    queries = iter(query.split(forest.query_blocks, dim=2))
+    pieces = zip(key.split(forest.pieces, dim=2), value.split(forest.pieces, dim=2), strict=True)
+    results: list[Tensor] = []
     for tree in forest.trees:
-        own_query, prompt_key, prompt_value = next(pieces)
-        results.append(_attend(own_query, prompt_key, prompt_value, None, kwargs))
-        prompt_key, prompt_value = prompt_key[:, :, : tree.prompt], prompt_value[:, :, : tree.prompt]
+        keys, values = next(pieces)
+        results += _attend(forest, queries, tree.prompt + tree.branches[0], keys, values, kwargs)
+        prompt_key, prompt_value = keys[:, :, : tree.prompt], values[:, :, : tree.prompt]
         for length in tree.branches[1:]:
-            own_query, own_key, own_value = next(pieces)
-            if length == 0:
-                continue
+            own_key, own_value = next(pieces)
             keys, values = torch.cat([prompt_key, own_key], dim=2), torch.cat([prompt_value, own_value], dim=2)
-            results.append(
-                _attend(own_query, keys, values, forest.branch_mask(tree.prompt, length, query.dtype), kwargs)
-            )
+            results += _attend(forest, queries, length, keys, values, kwargs)
     return torch.cat(results, dim=1), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
-    result = scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=options.get("scaling")
-    )
-    return result.transpose(1, 2)
+def _attend(
+    forest: Forest, queries: Iterator[Tensor], length: int, key: Tensor, value: Tensor, options: dict[str, Any]
+) -> Iterator[Tensor]:
+    """Attention of the next `length` queries, which are the last of the keys' tokens, block by block."""
+    seen = key.shape[2] - length
+    for block in forest.blocks(length):
+        causal, seen = seen == 0, seen + block
+        result = scaled_dot_product_attention(
+            next(queries),
+            key[:, :, :seen],
+            value[:, :, :seen],
+            attn_mask=None if causal else forest.mask(block, seen, key.dtype),
+            is_causal=causal,
+            scale=options.get("scaling"),
+        )
+        yield result.transpose(1, 2)
 
 
 def _flash(

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmalign.errors import UserError
 from llmalign.scores.prefix import FLEX, IMPLEMENTATIONS, Forest, Layout, lay_out_trees, register_attention
+from llmalign.scores.rounding import rounded_limit
 from llmalign.scores.text import add_compact_head, completion_logps, is_attached, lay_out_padded, most_over_ranks
 from llmalign.types import PromptGroups
 
@@ -76,12 +77,15 @@ class Scorer:
     layout is asked for by name and cannot be used. Not covered: prompt-learning adapters, images.
     """
 
-    def __init__(self, requested: str, *, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
+    def __init__(
+        self, requested: str, *, pad_token_id: int, pad_to_multiple_of: int | None = None, temperature: float = 1.0
+    ) -> None:
         self.requested = requested
         self.kind = PADDED
         self.reason = ""
         self._pad_token_id = pad_token_id
         self._multiple_of = pad_to_multiple_of
+        self._temperature = temperature
         self._window: int | None = None
         self._flex = False
         self._said_window = False
@@ -108,7 +112,7 @@ class Scorer:
         language_model: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         if is_attached(language_model):
             return
-        add_compact_head(language_model)
+        add_compact_head(language_model, self._temperature)
         if why_not(language_model.config) is None:
             register_attention()
             current = language_model.config._attn_implementation
@@ -152,8 +156,7 @@ class Scorer:
         """Compare the chosen layout with the padded one on a batch; in low precision with the batch's own noise."""
         padded = self.logps(model, groups, device=device, kind=PADDED)
         gap = (self.logps(model, groups, device=device) - padded).abs().max()
-        # A sum of thousands of nats is rounded to more than the limit: 2,048 of them to 2.4e-4.
-        limit = max(limit, 4 * torch.finfo(torch.float32).eps * float(padded.abs().max()))
+        limit = rounded_limit(limit, float(padded.abs().max()))
         if not exact:
             limit = max(limit, 2 * self.split_gap(model, groups, device=device))
         return Gaps(float(gap), limit)

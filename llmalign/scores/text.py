@@ -25,20 +25,21 @@ _ATTACHED = "_has_compact_head"
 
 @dataclass(frozen=True)
 class LogitRule:
-    """What a model does to its logits after the head: times `scale`, then squeezed into (-softcap, softcap)."""
+    """What is done to logits after the head: times `scale`, squeezed into (-softcap, softcap), over `temperature`."""
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> "LogitRule":
+    def of(cls, config: PretrainedConfig, temperature: float = 1.0) -> "LogitRule":
         """Read the rule from a model's config; families name their factor differently."""
         known = config.get_text_config().to_dict()
         scale = next((known[k] for k in ("logit_scale", "output_multiplier", "lm_head_multiplier") if known.get(k)), 1)
         divisor = known.get("logits_scaling")
         if divisor is not None:
             scale = divisor if known.get("model_type") == "hyperclovax" else 1 / divisor
-        return cls(scale, known.get("final_logit_softcapping"))
+        return cls(scale, known.get("final_logit_softcapping"), temperature)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Apply the rule to float32 logits."""
@@ -46,7 +47,7 @@ class LogitRule:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return logits if self.temperature == 1 else logits / self.temperature
 
 
 def most_over_ranks(calls: int, device: torch.device) -> int:
@@ -64,8 +65,9 @@ def most_over_ranks(calls: int, device: torch.device) -> int:
 def head_logps(head: Any, hidden: Tensor, targets: Tensor, rule: LogitRule) -> Tensor:
     """Log-probs (S,) in nats, float32, of `targets` (S,) after hidden states (S, H), through a language model's head.
 
-    Logits exist for one chunk at a time, in the backward pass too, which computes them again. The head is called as a
-    module, so that whatever it is (tied, biased, quantized, with an adapter, sharded) works as it does in the model.
+    Logits exist for one chunk at a time, in the backward pass too, which computes them again; the last chunk's are
+    kept, since the backward pass begins with them. The head is called as a module, so that whatever it is (tied,
+    biased, quantized, with an adapter, sharded) works as it does in the model.
     """
     vocabulary = head.out_features
     at_a_time = max((CPU_CHUNK if hidden.device.type == "cpu" else DEVICE_CHUNK) // vocabulary, 1)
@@ -74,33 +76,41 @@ def head_logps(head: Any, hidden: Tensor, targets: Tensor, rule: LogitRule) -> T
     def logps(rows: Tensor, wanted: Tensor) -> Tensor:
         return -nn.functional.cross_entropy(rule(head(rows).float()), wanted, reduction="none")
 
-    pieces = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
+    pieces = list(zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True))
     if not torch.is_grad_enabled():
-        return torch.cat([logps(rows, wanted) for rows, wanted in pieces])
+        return torch.cat([logps(*piece) for piece in pieces])
     # Sharded weights are empty while they are not in use, which the default check would take for a difference.
     options: Any = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
-    return torch.cat([checkpoint(logps, rows, wanted, **options) for rows, wanted in pieces])
+    return torch.cat([*(checkpoint(logps, *piece, **options) for piece in pieces[:-1]), logps(*pieces[-1])])
 
 
-def add_compact_head(model: PreTrainedModel) -> None:
+def add_compact_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
     """Let `model(..., scored=, targets=)` return the log-probs (S,) of the targets instead of logits.
 
-    `scored` (S,) are positions in the flattened hidden states. Without it the forward is the original one. Called
-    once, before the model is wrapped by PEFT, DDP or DeepSpeed; calls go through the wrapper.
+    `scored` (S,) are positions in the flattened hidden states; the log-probs are those of sampling at `temperature`.
+    With `reader=`, a submodule's name, what that makes of the hidden states (S, H) there comes beside them. Without
+    `scored` the forward is the original one. Called once, before the model is wrapped by PEFT, DDP or DeepSpeed; calls
+    go through the wrapper.
     """
     vars(model)[_ATTACHED] = True
-    rule = LogitRule.of(model.config)
+    rule = LogitRule.of(model.config, temperature)
 
     @functools.wraps(type(model).forward)
     def forward(
-        self: PreTrainedModel, *args: Any, scored: Tensor | None = None, targets: Tensor | None = None, **kwargs: Any
+        self: PreTrainedModel,
+        *args: Any,
+        scored: Tensor | None = None,
+        targets: Tensor | None = None,
+        reader: str | None = None,
+        **kwargs: Any,
     ) -> Any:
         if scored is None or targets is None:
             # The class's own: a bound one would still be the original's in a deep copy of the model.
             return type(self).forward(self, *args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        head = self.get_output_embeddings()
-        return head_logps(head, hidden.flatten(0, 1).index_select(0, scored), targets, rule)
+        rows = hidden.flatten(0, 1).index_select(0, scored)
+        logps = head_logps(self.get_output_embeddings(), rows, targets, rule)
+        return logps if reader is None else (logps, self.get_submodule(reader)(rows))
 
     model.forward = MethodType(forward, model)
 

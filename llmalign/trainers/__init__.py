@@ -15,18 +15,22 @@ from llmalign.trainers.configs import (
     SFTConfig,
 )
 from llmalign.trainers.copg import CoPGTrainer, OnlineCoPGTrainer
+from llmalign.trainers.fdpg import FDPGTrainer
+from llmalign.trainers.fdpg_config import FDPGConfig
 from llmalign.trainers.mdpo import MDPOTrainer
+from llmalign.trainers.pf_ppo import PFPPOTrainer
+from llmalign.trainers.pf_ppo_config import PFPPOConfig
 from llmalign.trainers.preference import INPOTrainer, PairTrainer, RDPOTrainer, RPOTrainer
 from llmalign.trainers.preference_model import PreferenceModelConfig, PreferenceModelTrainer
 from llmalign.trainers.preparation import prepare_groups, prepare_pairs, prepare_prompts
 from llmalign.trainers.sampled_configs import MDPOConfig, OnlineCoPGConfig
 
 __all__ = [
-    "CoPGConfig", "CoPGTrainer", "DPOConfig", "DPOTrainer", "INPOConfig", "INPOTrainer", "MDPOConfig", "MDPOTrainer",
-    "Method", "METHODS", "OnlineCoPGConfig", "OnlineCoPGTrainer", "PairConfig", "PairTrainer",
-    "PreferenceModelConfig", "PreferenceModelTrainer", "prepare_groups", "prepare_pairs", "prepare_prompts",
-    "RDPOConfig", "RDPOTrainer", "RewardConfig", "RewardTrainer", "RPOConfig", "RPOTrainer", "SFTConfig",
-    "SFTTrainer",
+    "CoPGConfig", "CoPGTrainer", "DPOConfig", "DPOTrainer", "FDPGConfig", "FDPGTrainer", "INPOConfig", "INPOTrainer",
+    "MDPOConfig", "MDPOTrainer", "Method", "METHODS", "OnlineCoPGConfig", "OnlineCoPGTrainer", "PairConfig",
+    "PairTrainer", "PFPPOConfig", "PFPPOTrainer", "PreferenceModelConfig", "PreferenceModelTrainer", "prepare_groups",
+    "prepare_pairs", "prepare_prompts", "RDPOConfig", "RDPOTrainer", "RewardConfig", "RewardTrainer", "RPOConfig",
+    "RPOTrainer", "SFTConfig", "SFTTrainer",
 ]  # fmt: skip
 
 
@@ -52,6 +56,8 @@ METHODS = {
         Method("sft", SFTTrainer, SFTConfig, "text"),
         Method("reward", RewardTrainer, RewardConfig, "pairs"),
         Method("copg_online", OnlineCoPGTrainer, OnlineCoPGConfig, "prompts"),
+        Method("fdpg", FDPGTrainer, FDPGConfig, "prompts"),
+        Method("pf_ppo", PFPPOTrainer, PFPPOConfig, "prompts"),
         Method("mdpo", MDPOTrainer, MDPOConfig, "prompts"),
         Method("preference", PreferenceModelTrainer, PreferenceModelConfig, "pairs"),
     )

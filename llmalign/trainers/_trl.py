@@ -30,7 +30,7 @@ from llmalign.trainers.loading import load_tokenizer, refuse_vision
 from llmalign.trainers.pair import PairTrainerMixin
 from llmalign.trainers.references import References
 from llmalign.trainers.rollouts import Rollout, RolloutMixin, groups_of, load_state, save_state
-from llmalign.trainers.startup import best_of_first_set, brings_references, refuse_adapter_dropout
+from llmalign.trainers.startup import best_of_first_set, brings_references, check_sampling, refuse_adapter_dropout
 from llmalign.trainers.text_scores import TextScores
 from llmalign.types import PairScores, PromptGroups
 
@@ -223,7 +223,7 @@ class PairBase(
         return tuple(logps.reshape(-1, 2).unbind(dim=1))
 
 
-class SampledBase(SafeCheckpointMixin, FrozenModels, RolloutMixin, NamedEvaluations, RLOOTrainer):
+class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMixin, RLOOTrainer):
     """TRL's RLOOTrainer, whose sampling (vLLM included), rewards and logs stay, with its loss replaced.
 
     Of TRL's own methods three are changed: `_calculate_rewards` keeps the raw rewards, the per-token scores read each
@@ -247,6 +247,7 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, RolloutMixin, NamedEvaluati
         refuse_adapter_dropout(kwargs.get("peft_config"))
         given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         reward_funcs = [one if isinstance(one, (str, nn.Module)) else guard(one) for one in given]
+        best_of_first_set(args, kwargs.get("eval_dataset"))
         if ref_model is None and args.ref_model_name_or_path is not None:
             ref_model = load_frozen(args.ref_model_name_or_path, args)
         self.start_may_differ = "another reference was given" if ref_model is not None else None
@@ -261,6 +262,7 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, RolloutMixin, NamedEvaluati
             raise UserError(
                 "the auxiliary loss of mixtures of experts is not part of these losses; set router_aux_loss_coef: 0"
             )
+        check_sampling(self.model, args)
         self.start_scoring(self.model, tokenizer.pad_token_id, args.temperature)
         if ref_model is not None:
             self.ref_model = self.freeze(ref_model)
@@ -288,6 +290,7 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, RolloutMixin, NamedEvaluati
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         self._raw_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.refuse_failing_rewards(len(prompts))
         return self._raw_rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> Rollout:
@@ -296,7 +299,8 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, RolloutMixin, NamedEvaluati
         rollout = {key: batch[key][::size] for key in ("prompt_ids", "prompt_mask")}
         rollout |= {key: batch[key].unflatten(0, (-1, size)) for key in ("completion_ids", "completion_mask")}
         rollout["token_old"] = self._scored
-        rollout["rewards"], rollout["mask"] = self._own_rewards(len(inputs), size)
+        rollout["rewards"], usable = self._own_rewards(len(inputs), size)
+        rollout["mask"] = usable & rollout["completion_mask"].bool().any(dim=2)  # where truncated ones are masked
         if not self.needs_reference:
             rollout["token_reference"] = torch.zeros_like(self._scored)
         elif self.ref_model is not None:

@@ -161,7 +161,9 @@ def normalised(rewards: Tensor, mask: Tensor) -> Tensor:
     mean = (rewards * mask).sum(1, keepdim=True) / count.clamp(min=1)
     centred = (rewards - mean) * mask
     deviation = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(deviation > 0, centred / deviation.clamp(min=1e-12), torch.zeros_like(rewards))
+    # Equal rewards differ by the rounding of their mean, which must not be scaled up to unit size.
+    unequal = deviation > 1e-6 * rewards.abs().amax(1, keepdim=True).clamp(min=1)
+    return torch.where(unequal, centred / deviation.clamp(min=1e-12), torch.zeros_like(rewards))
 
 
 def group_metrics(scores: GroupScores, rewards: Tensor, beta: float) -> dict[str, Tensor]:

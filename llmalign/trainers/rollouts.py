@@ -1,7 +1,9 @@
 """What on-policy trainers do with a rollout, apart from sampling it: scores by group, the step's loss, its metrics."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from llmalign.errors import UserError
+from llmalign.rewards.functions import Guarded
 from llmalign.scores.rounding import rounded_limit
 from llmalign.trainers.pair import START_TOLERANCE
 from llmalign.trainers.text_scores import TextScores
@@ -55,6 +58,8 @@ class RolloutMixin(TextScores):
     #: whether the frozen reference's log-probs are needed; without them `token_reference` is 0
     needs_reference = True
     _metrics: Any
+    reward_funcs: Any
+    group_size: Any
     _start_checked = False
     _unique_tokens = 0
     _order: OrderByEpoch | None = None
@@ -99,7 +104,7 @@ class RolloutMixin(TextScores):
             raise ValueError("this trainer has no outputs besides its loss: the full logits are never built")
         scores = self.rollout_scores(model, inputs)
         if model.training and not self._start_checked:
-            self._check_rollout_start(scores)
+            self._check_rollout_start(model, inputs, scores)
         losses = self.rollout_loss(scores, inputs)
         values = self.rollout_metrics(scores, inputs)
         count = scores.token_mask.sum(dim=2)
@@ -113,6 +118,18 @@ class RolloutMixin(TextScores):
     def unique_tokens(self, inputs: Any) -> int:
         """Tokens of the last micro-batch: what the data loader gives are prompts, sampled from afterwards."""
         return self._unique_tokens
+
+    def refuse_failing_rewards(self, rows: int) -> None:
+        """Raise UserError, on all ranks alike, where a reward function fails on every row of several prompts."""
+        guarded = [function for function in self.reward_funcs if isinstance(function, Guarded)]
+        failed = torch.tensor([len(one.failed) for one in guarded] + [rows], device=self.accelerator.device)
+        counts = self.over_ranks(failed).tolist()
+        for function, count in zip(guarded, counts, strict=False):
+            if count == counts[-1] > self.group_size:
+                raise UserError(
+                    f"The reward function {function.__name__} fails on all {count} rows of a rollout; the first is "
+                    f"{function.failed[0]}. Put the function right; a row that it does not apply to returns None."
+                )
 
     def rollout_scores(self, model: nn.Module, rollout: Rollout) -> RolloutScores:
         """All scores of a rollout or of a part of one; the policy's alone carry gradients."""
@@ -150,14 +167,47 @@ class RolloutMixin(TextScores):
         return self.accelerator.reduce(sums, reduction="sum")
 
     def note(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Log weighted means over all ranks, all ranks naming the same ones in the same order."""
+        """Add to the weighted means over all ranks that the next log has; all ranks name the same in the same order."""
         sums = [torch.stack([(value * weight).sum(), weight.sum()]) for value, weight in values.values()]
-        mode = "train" if self.model.training else "eval"
+        noted = self._noted["train" if self.model.training else "eval"]
         for name, (total, weight) in zip(values, self.over_ranks(torch.stack(sums).double()).tolist(), strict=True):
-            if weight:
-                self._metrics[mode][name].append(total / weight)
+            before = noted.get(name, (0.0, 0.0))
+            noted[name] = (before[0] + total, before[1] + weight)
 
-    def _check_rollout_start(self, scores: RolloutScores) -> None:
+    @cached_property
+    def _noted(self) -> dict[str, dict[str, tuple[float, float]]]:
+        return {"train": {}, "eval": {}}
+
+    def _settle_means(self, mode: str) -> None:
+        """Hand what was noted to TRL's log, one number each, however many micro-batches it comes from."""
+        for name, (total, weight) in self._noted[mode].items():
+            if weight:
+                self._metrics[mode][name] = [total / weight]
+        self._noted[mode].clear()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last log."""
+        self._settle_means("train" if self.model.training else "eval")
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Sample and measure with random numbers of its own, the same at every evaluation; training's go on untouched.
+
+        What was measured is in the metrics too, so that it can pick the best checkpoint. Over several ranks the prompts
+        that fill the last batch count again.
+        """
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed + self.accelerator.process_index)
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        self._settle_means("eval")
+        for name, values in self._metrics["eval"].items():
+            known = [value for value in values if not math.isnan(value)]
+            if known:
+                output.metrics[f"{metric_key_prefix}_{name}"] = sum(known) / len(known)
+        return output
+
+    def _check_rollout_start(self, model: nn.Module, rollout: Rollout, scores: RolloutScores) -> None:
         """Stop a fresh run whose first rollout scores differently under the policy and the frozen reference."""
         self._start_checked = True
         if not self.needs_reference:
@@ -168,9 +218,10 @@ class RolloutMixin(TextScores):
         step = self.state.global_step  # type: ignore[attr-defined]
         excuse = f"resumed at step {step}" if step > 0 else self.start_may_differ
         exact = self.accelerator.mixed_precision == "no" and next(self.model.parameters()).dtype == torch.float32
-        if excuse is None and not exact:
-            excuse = "low precision"
         limit = rounded_limit(START_TOLERANCE, size)
+        if excuse is None and not exact:
+            own = torch.tensor([self.split_gap(model, {"groups": groups_of(rollout)})], device=self.accelerator.device)
+            limit = max(limit, 2 * float(self.accelerator.gather(own).max()))
         if excuse is None and not gap <= limit:
             raise UserError(
                 f"On the first rollout the policy scores a completion {gap:.3g} nats away from the model it started "

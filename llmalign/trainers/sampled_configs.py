@@ -1,8 +1,8 @@
 """Configs of the on-policy methods: TRL's sampling options, and what the loss and the reward of each need."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 
-import torch
 import trl
 
 from llmalign.errors import UserError
@@ -51,29 +51,35 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
         default=AUTO, metadata={"help": "auto, shared_prompt (prompts read once), padding_free or padded."}
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Prompts of more tokens are dropped from the data, and counted; open: none."}
+        default=None, metadata={"help": "`llmalign train` drops prompts of more tokens, and counts them; open: none."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=8, metadata={"help": "Completions a device; open: 8, or the nearest number of whole groups."}
+    )
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "What picks the best checkpoint; open: reward, the highest."}
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
 
     def __post_init__(self) -> None:
         refuse_inherited(self, {**_NOT_HONOURED, **self._unused()})
         self.disable_dropout = True
+        require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
         self._whole_groups("per_device_train_batch_size", self.num_generations)
-        if self.eval_strategy != "no":
-            self._whole_groups("per_device_eval_batch_size", self.num_generations_eval or self.num_generations)
+        size = self.num_generations_eval or self.num_generations
+        open_default = next(entry.default for entry in fields(self) if entry.name == "per_device_eval_batch_size")
+        if self.per_device_eval_batch_size == open_default:
+            self.per_device_eval_batch_size = max(open_default // size, 1) * size
+        self._whole_groups("per_device_eval_batch_size", size)
         super().__post_init__()
         require(self.scoring in KINDS, "scoring", self.scoring, f"one of {', '.join(KINDS)}")
-        _positive(self, "beta", "temperature", "max_completion_length")
+        _positive(self, "temperature", "max_completion_length")
+        require(self.beta >= 0 and math.isfinite(self.beta), "beta", self.beta, "zero or a positive finite number")
+        self._check_passes()
+        self._best_by_reward()
         if self.max_prompt_length is not None:
             _positive(self, "max_prompt_length")
-        if self.use_transformers_continuous_batching:
-            floats = (self.model_init_kwargs or {}).get("dtype", "float32") in ("float32", torch.float32)
-            if self.use_cpu or floats:
-                where = "on a CPU" if self.use_cpu else "with float32 weights"
-                raise UserError(
-                    f"use_transformers_continuous_batching is refused {where}: it is slower there and casts the "
-                    "weights that are trained; leave it off, or use vLLM"
-                )
+        self._check_sampling()
         if self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1:
             self.choices += ", log-probs of the distribution before top_p, top_k, min_p and repetition_penalty"
 
@@ -84,6 +90,37 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
 
     def _whole_groups(self, name: str, size: int) -> None:
         require(getattr(self, name) % size == 0, name, getattr(self, name), f"a multiple of num_generations, {size}")
+
+    def _check_sampling(self) -> None:
+        if self.use_transformers_continuous_batching and self.use_cpu:
+            raise UserError(
+                "use_transformers_continuous_batching is refused on a CPU: it is slower there; leave it off"
+            )
+        known = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+        twice = sorted(known & set(self.generation_kwargs or ()))
+        if twice:
+            raise UserError(
+                f"generation_kwargs sets {twice[0]}, which scoring would not know of; set {twice[0]} itself"
+            )
+        if self.reward_models and self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
+            raise UserError("reward_models would be sharded under ZeRO-3 and never gathered: use ZeRO-2 or DDP")
+
+    def _check_passes(self) -> None:
+        """Several passes over a rollout must serve several steps, or they compute the same gradient again."""
+        steps = self.num_iterations * self.steps_per_generation / self.gradient_accumulation_steps
+        rule = "1, or so many that a rollout serves at least two optimizer steps"
+        require(self.num_iterations == 1 or steps >= 2, "num_iterations", self.num_iterations, rule)
+
+    def _best_by_reward(self) -> None:
+        """The surrogate losses say nothing about which checkpoint is best."""
+        if not self.load_best_model_at_end and self.save_strategy != "best":
+            return
+        if self.metric_for_best_model in (None, "loss"):  # transformers' default
+            self.metric_for_best_model, self.greater_is_better = "reward", True
+        if self.metric_for_best_model.split("_")[-1] == "loss":
+            raise UserError(
+                "the loss of a sampling method cannot pick the best checkpoint; set metric_for_best_model: reward"
+            )
 
     def _unused(self) -> dict[str, str]:
         """Inherited fields that this method's loss has no place for."""
@@ -133,6 +170,7 @@ class OnlineCoPGConfig(SampledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _positive(self, "beta")
         known = ("none", "group")
         require(self.normalize_rewards in known, "normalize_rewards", self.normalize_rewards, "none or group")
         require(self.replay_prompts >= 0, "replay_prompts", self.replay_prompts, "zero or more")

@@ -3,4 +3,18 @@
 import sys
 from pathlib import Path
 
+import pytest
+
+from llmalign.errors import UserError
+from llmalign.rewards.sandbox.choice import find_backend
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+
+@pytest.fixture
+def some_backend() -> str:
+    """The sandbox that programs are run in; a test that needs one is skipped, with the reason, where there is none."""
+    try:
+        return find_backend().name
+    except UserError as error:
+        pytest.skip(str(error))

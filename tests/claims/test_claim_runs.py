@@ -16,7 +16,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", run.CLAIMS)
-def test_smoke(name: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smoke(name: str, out: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> None:
+    if name == "programs":
+        request.getfixturevalue("some_backend")
     assert run.main([name, "--smoke", "--out", str(out)]) == 0
     folder = out / "smoke"
     page = json.loads((folder / f"{name}.json").read_text())

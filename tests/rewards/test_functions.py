@@ -175,16 +175,38 @@ def test_a_length_that_is_wrong_for_one_row_names_it():
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda completions, **rest: [math.nan] * len(completions), "the first is row 0: gave nan"),
+        (lambda completions, **rest: [math.nan] * len(completions), "gave nan"),
         (lambda completions: [0.0], "unexpected keyword argument 'prompts'"),
         (lambda completions, **rest: 1 / 0, "ZeroDivisionError: division by zero"),
         (lambda completions, **rest: None, "gave NoneType None instead of a list of 1 rewards"),
     ],
 )
-def test_a_function_that_fails_on_every_row_stops_the_run(function, words):
-    with pytest.raises(UserError, match="The reward function mine fails on all 2 rows") as stopped:
-        call(guard(function, "mine"), ["a", "b"])
-    assert words in str(stopped.value)
+def test_a_function_that_fails_on_every_row_says_why_for_each(function, words):
+    guarded = guard(function, "mine")
+    same(call(guarded, ["a", "b"]), [math.nan, math.nan])
+    assert [failure.row for failure in guarded.failed] == [0, 1]
+    assert all(words in failure.message for failure in guarded.failed)
+
+
+def test_that_it_is_called_row_by_row_is_said_once(caplog):
+    guarded = guard(lambda completions, **rest: 1 / 0, "mine")
+    for _ in range(2):
+        call(guarded, ["a", "b"])
+    assert caplog.text.count("it is called again row by row") == 1
+
+
+def test_what_float32_cannot_hold_is_no_reward():
+    guarded = guard(lambda completions, **rest: [1e39, 1.0], "mine")
+    same(call(guarded, ["a", "b"]), [math.nan, 1.0])
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_lack_of_memory_is_passed_on(error):
+    def hungry(completions, **rest):
+        raise error("no more")
+
+    with pytest.raises(error):
+        call(guard(hungry), ["a", "b"])
 
 
 def test_rows_that_do_not_apply_are_no_failures():
@@ -220,7 +242,7 @@ def test_messages_that_quote_their_row_do_not_fill_the_log(caplog):
     guarded = guard(lambda completions, **rest: [text and float(text) for text in completions])
     with caplog.at_level(logging.WARNING):
         call(guarded, ["1", *(f"word {i}" for i in range(100))])
-    assert guarded.count == 100 and len(caplog.records) == 21
+    assert guarded.count == 100 and len(caplog.records) == 22  # that it goes row by row, 20 messages, the end of them
     assert "further messages are counted and not logged" in caplog.records[-1].getMessage()
 
 
@@ -241,8 +263,7 @@ def test_async_functions_stay_async_under_their_guard(function):
     assert isinstance(guarded, AsyncGuarded) and is_async_callable(guarded)  # what TRL asks
     same(asyncio.run(call(guarded, ["a", "", "abcd"])), [1.0, math.nan, 0.25])
     assert [failure.row for failure in guarded.failed] == [1]
-    with pytest.raises(UserError, match="fails on all 1 rows"):
-        asyncio.run(call(guarded, [""]))
+    same(asyncio.run(call(guarded, [""])), [math.nan])
 
 
 def test_trl_names_a_guarded_function_as_it_names_the_function():

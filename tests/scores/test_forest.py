@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmalign.scores import prefix
 from llmalign.scores.prefix import Forest, Tree, lay_out_trees, varlen_attend
 from llmalign.types import PromptGroups
 
@@ -90,6 +91,37 @@ def test_the_block_mask_is_the_forest():
     assert torch.equal(found, sees(forest))
 
 
-def test_the_branch_mask_shows_the_prompt_and_the_past():
-    mask = two_trees().branch_mask(3, 2, torch.float32)
-    assert mask.tolist() == [[0, 0, 0, 0, -torch.inf], [0, 0, 0, 0, 0]]
+def test_the_mask_shows_what_is_before_a_block_and_its_past():
+    forest, hidden = two_trees(), -torch.inf
+    assert forest.mask(2, 5, torch.float32).tolist() == [[0, 0, 0, 0, hidden], [0, 0, 0, 0, 0]]
+    assert forest.mask(3, 4, torch.float32).tolist() == [[0, 0, hidden, hidden], [0, 0, 0, hidden], [0, 0, 0, 0]]
+    assert forest.mask(1, 2, torch.bfloat16).tolist() == [[0, 0]]
+
+
+def test_blocks_of_queries_are_nearly_equal(monkeypatch):
+    monkeypatch.setattr(prefix, "BLOCK", 4)
+    forest = two_trees()
+    assert [forest.blocks(length) for length in (0, 1, 4, 5, 9)] == [[], [1], [4], [3, 2], [3, 3, 3]]
+    assert forest.query_blocks == [3, 2, 1, 3]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 96])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_attention_block_by_block_is_the_forest(monkeypatch, block, kv_heads):
+    """Values and gradients against dense attention with the definition's mask."""
+    monkeypatch.setattr(prefix, "BLOCK", block)
+    torch.manual_seed(0)
+    forest = Forest([Tree(0, 3, (2, 0, 4)), Tree(9, 1, (2, 7)), Tree(19, 5, (0,))], CPU)
+    inputs = [
+        torch.randn(1, heads, 24, 8, dtype=torch.float64, requires_grad=True) for heads in (4, kv_heads, kv_heads)
+    ]
+    found, _ = prefix._sdpa(torch.nn.Identity(), *inputs, None, branches=forest, scaling=0.3)
+    query, key, value = inputs
+    keys, values = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (key, value))
+    scores = (query @ keys.transpose(2, 3) * 0.3).masked_fill(~sees(forest), -torch.inf)
+    expected = (scores.softmax(-1) @ values).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    pairs = zip(*(torch.autograd.grad((out * weights).sum(), inputs) for out in (found, expected)), strict=True)
+    for one, two in pairs:
+        torch.testing.assert_close(one, two)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmalign.errors import UserError
+from llmalign.scores import prefix
 from llmalign.scores.scoring import (
     KINDS,
     PADDED,
@@ -74,7 +75,8 @@ def ready(model, requested="auto"):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", sorted(PROVEN))
-def test_log_probs_and_gradients_of_every_proven_architecture(architecture, checkpointing):
+def test_log_probs_and_gradients_of_every_proven_architecture(monkeypatch, architecture, checkpointing):
+    monkeypatch.setattr(prefix, "BLOCK", 4)  # so that these short texts take several blocks
     model = build(architecture)
     if checkpointing:
         model.gradient_checkpointing_enable()

@@ -5,17 +5,47 @@ import random
 
 import torch
 from datasets import Dataset
+from transformers import LlamaForSequenceClassification
 
 from llmalign.trainers.copg import OnlineCoPGTrainer
+from llmalign.trainers.fdpg import FDPGTrainer
+from llmalign.trainers.fdpg_config import FDPGConfig
 from llmalign.trainers.mdpo import MDPOTrainer
+from llmalign.trainers.pf_ppo import PFPPOTrainer
+from llmalign.trainers.pf_ppo_config import PFPPOConfig
 from llmalign.trainers.sampled_configs import MDPOConfig, OnlineCoPGConfig
 from tests.trainers import tiny
+
+
+def reward_model(seed: int = 7) -> LlamaForSequenceClassification:
+    config = tiny.model().config
+    config.num_labels = 1
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(config)
+
+
+class ModelCriticTrainer(PFPPOTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, critic_model=reward_model(), **kwargs)
+
 
 METHODS = {
     "mdpo": (MDPOTrainer, MDPOConfig, {"num_iterations": 2}),
     "copg": (OnlineCoPGTrainer, OnlineCoPGConfig, {}),
+    "pf_ppo": (PFPPOTrainer, PFPPOConfig, {"num_iterations": 2, "critic_learning_rate": 1e-2}),
+    "pf_ppo-model": (
+        ModelCriticTrainer, PFPPOConfig,
+        {"num_iterations": 2, "critic": "model", "critic_learning_rate": 3e-3, "strategy": "best_worst"},
+    ),
+    "pf_ppo-group": (PFPPOTrainer, PFPPOConfig, {"advantage": "group", "strategy": "power", "selection": "resample"}),
     "copg-replay": (OnlineCoPGTrainer, OnlineCoPGConfig, {"replay_prompts": 6, "replay_capacity": 8}),
-}
+    "fdpg": (FDPGTrainer, FDPGConfig, {"target": "reward", "beta": 2.0, "baseline": "window"}),
+    "fdpg-moments": (
+        FDPGTrainer,
+        FDPGConfig,
+        {"target": "distributional", "moments": [2.2], "moment_samples": 32, "divergence": "forward_kl"},
+    ),
+}  # fmt: skip
 COMMON = {
     "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 10, "learning_rate": 1e-3,
     "max_steps": 2, "save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
@@ -48,7 +78,9 @@ def recorded(trainer_class):
     return Recorded
 
 
-def build(method, folder, *, model=None, data=None, reward=checksum, record=False, peft=None, **options):
+def build(
+    method, folder, *, model=None, data=None, evaluation=None, reward=checksum, record=False, peft=None, **options
+):
     trainer, config, own = METHODS[method]
     if record:
         trainer = recorded(trainer)
@@ -57,6 +89,7 @@ def build(method, folder, *, model=None, data=None, reward=checksum, record=Fals
         reward,
         config(output_dir=str(folder), use_cpu=True, **(COMMON | own | options)),
         train_dataset=data if data is not None else prompts(),
+        eval_dataset=evaluation,
         processing_class=tiny.tokenizer(),
         peft_config=peft,
     )

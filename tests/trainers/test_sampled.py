@@ -130,6 +130,84 @@ def test_a_row_whose_reward_fails_is_masked_and_named(tmp_path, caplog):
     assert math.isfinite(loss.item())
 
 
+def test_a_reward_that_fails_on_every_row_of_several_prompts_stops_the_run(tmp_path):
+    trainer = runs.build("mdpo", tmp_path, reward=lambda **columns: 1 / 0)
+    with pytest.raises(UserError, match="fails on all 8 rows of a rollout; the first is row 0 .*ZeroDivisionError"):
+        runs.rollout(trainer)
+
+
+def test_one_bad_prompt_alone_on_a_device_costs_itself_only(tmp_path):
+    trainer = runs.build("mdpo", tmp_path, reward=lambda **columns: 1 / 0, per_device_train_batch_size=4)
+    batch = runs.rollout(trainer)
+    assert not batch["mask"].any() and trainer.compute_loss(trainer.model, batch).item() == 0
+
+
+def test_equal_rewards_move_nothing_however_they_are_rounded(tmp_path):
+    """0.9 is no binary fraction: the mean of three of them differs from it in float32."""
+    trainer = runs.build(
+        "mdpo", tmp_path, reward=lambda prompts, **columns: [0.9] * len(prompts), num_generations=3,
+        per_device_train_batch_size=9, per_device_eval_batch_size=9,
+    )  # fmt: skip
+    assert not runs.rollout(trainer)["advantages"].any()
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith("fdpg")])  # it refuses them
+def test_truncated_completions_that_are_masked_count_nowhere(method, tmp_path):
+    trainer = runs.build(method, tmp_path, record=True, mask_truncated_completions=True)
+    batch = runs.rollout(trainer)
+    cut = ~batch["completion_mask"].bool().any(dim=2)
+    assert cut.any() and not cut.all()
+    assert not batch["mask"][cut].any()
+    before = trainer.compute_loss(trainer.model, batch)
+    batch["rewards"] = batch["rewards"].masked_fill(cut, 1e3)
+    assert torch.equal(trainer.compute_loss(trainer.model, batch), before)
+
+
+def test_evaluation_leaves_training_s_random_numbers_alone_and_repeats_itself(tmp_path):
+    trainer = runs.build("mdpo", tmp_path, num_generations_eval=2, per_device_eval_batch_size=4)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first = trainer.evaluate(eval_dataset=runs.prompts(6))
+    assert torch.equal(torch.rand(1), expected)
+    second = trainer.evaluate(eval_dataset=runs.prompts(6))
+    assert first["eval_reward"] == second["eval_reward"] and math.isfinite(first["eval_entropy"])
+
+
+def test_metrics_weigh_every_completion_the_same(tmp_path):
+    trainer = runs.build("mdpo", tmp_path)
+    trainer.model.train()
+    for values, weights in (([1.0, 2.0], [1.0, 1.0]), ([7.0, 9.0], [1.0, 0.0])):
+        trainer.note({"mine": (torch.tensor(values), torch.tensor(weights))})
+    logs = {"loss": 0.0}
+    trainer.log(logs)
+    assert logs["mine"] == pytest.approx(10 / 3)
+
+
+def test_a_model_that_would_draw_from_another_distribution_is_refused(tmp_path):
+    model = tiny.model()
+    model.generation_config.no_repeat_ngram_size = 3
+    with pytest.raises(UserError, match="no_repeat_ngram_size=3"):
+        runs.build("mdpo", tmp_path, model=model)
+    runs.build("mdpo", tmp_path, model=model, generation_kwargs={"no_repeat_ngram_size": 3})
+
+
+def test_without_beta_there_is_no_reference(tmp_path):
+    trainer = runs.build("mdpo", tmp_path, beta=0.0)
+    trainer.train()
+    assert "kl_to_reference" not in trainer.state.log_history[0]
+    assert not trainer._buffered_inputs[0]["token_reference"].any()
+
+
+def test_the_best_checkpoint_is_picked_by_reward(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "max_steps": 3}
+    data = {"one": runs.prompts(4), "two": runs.prompts(3)}
+    trainer = runs.build("mdpo", tmp_path, evaluation=data, **options)
+    trainer.train()
+    measured = [entry["eval_one_reward"] for entry in trainer.state.log_history if "eval_one_reward" in entry]
+    assert len(measured) == 3 and trainer.state.best_metric == max(measured)
+
+
 def test_lora_s_reference_is_the_model_without_its_adapter(tmp_path):
     start = tiny.model()
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -155,6 +233,20 @@ def test_evaluation_samples_and_scores(tmp_path):
         ({"per_device_train_batch_size": 6}, "multiple of num_generations"),
         ({"num_iterations": 1}, "plain policy gradient"),
         ({"use_transformers_continuous_batching": True}, "continuous"),
+        ({"num_generations": 0}, "num_generations must be at least 2"),
+        ({"per_device_eval_batch_size": 6}, "per_device_eval_batch_size"),
+        ({"num_iterations": 3, "gradient_accumulation_steps": 12, "steps_per_generation": 4}, "num_iterations"),
+        ({"generation_kwargs": {"temperature": 0.7}}, "set temperature itself"),
+        (
+            {
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "eval_steps": 1,
+                "save_strategy": "steps",
+                "metric_for_best_model": "eval_loss",
+            },
+            "set metric_for_best_model: reward",
+        ),
         ({"scoring": "quick"}, "scoring must be"),
         ({"epsilon": 0.5}, "not honoured"),
         ({"step_size_floor": 2.0}, "at most step_size"),

@@ -1,0 +1,392 @@
+"""PF-PPO: what the filter leaves, PPO's numbers at the trainer, the optimizer they share, and what is refused."""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from llmalign.errors import UserError
+from llmalign.trainers.pf_ppo_config import PFPPOConfig
+from llmalign.types import RolloutScores
+from tests.trainers import sampled_runs as runs
+from tests.trainers import tiny
+
+ROOT = Path(__file__).parents[2]
+PPO = json.loads((ROOT / "tests/data/on-policy-losses.json").read_text())["pfppo"]["ppo"]
+
+
+def tensor(name):
+    return torch.tensor(PPO["inputs"][name], dtype=torch.float32)[None]
+
+
+def expected(name):
+    return torch.tensor(PPO[name], dtype=torch.float32)
+
+
+def recorded_scores(policy, rewards=None):
+    """One prompt with the oracle's three completions, as scores and as a rollout."""
+    mask = tensor("action_mask")
+    sums = {name: (tensor(f"{name}_logps") * mask).sum(2) for name in ("old", "ref")}
+    scores = RolloutScores(
+        policy=(policy * mask).sum(2),
+        proposal=sums["old"],
+        reference=sums["ref"],
+        rewards=tensor("rm_score") if rewards is None else torch.tensor([rewards]),
+        mask=torch.ones(1, 3, dtype=torch.bool),
+        token_policy=policy,
+        token_old=tensor("old_logps"),
+        token_reference=tensor("ref_logps"),
+        token_mask=mask.bool(),
+    )
+    ids = torch.ones(1, 3, 5, dtype=torch.long)
+    prompt = torch.ones(1, 2, dtype=torch.long)
+    rollout = {"prompt_ids": prompt, "prompt_mask": prompt, "completion_ids": ids, "completion_mask": mask.long()}
+    return scores, rollout
+
+
+def judged(trainer, policy, rewards=None):
+    scores, rollout = recorded_scores(policy, rewards)
+    trainer._sampled_values = tensor("old_values")
+    return scores, rollout | trainer.judge(rollout, scores)
+
+
+def test_ppo_s_numbers_are_the_oracle_s(tmp_path):
+    trainer = runs.build("pf_ppo", tmp_path, strategy="none", value_coef=0.5)
+    policy, values = tensor("new_logps").requires_grad_(), tensor("new_values").requires_grad_()
+    scores, rollout = judged(trainer, policy)
+    assert torch.allclose(rollout["returns"][0], expected("returns"), atol=1e-6)
+    assert torch.allclose(rollout["advantages"][0], expected("normalised_advantages"), atol=1e-5)
+    trainer._values = values
+    losses = trainer.rollout_loss(scores, rollout)
+    assert losses.shape == (1, 3) and torch.equal(rollout["weights"], torch.ones(1, 3))
+    total = (losses * rollout["weights"]).mean()
+    assert total.item() == pytest.approx(PPO["policy_loss"] + 0.5 * PPO["value_loss"], rel=1e-5)
+    total.backward()
+    assert torch.allclose(policy.grad[0], expected("grad_new_logps_batch"), atol=1e-6)
+    assert torch.allclose(values.grad[0], 0.5 * expected("grad_new_values_batch"), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rewards", "kept"),
+    [
+        ("none", [0.5, -2.0, 1.5], [1, 1, 1]),
+        ("best_of_n", [0.5, -2.0, 1.5], [0, 0, 1]),
+        ("best_worst", [0.5, -2.0, 1.5], [0, 1, 1]),
+        ("best_worst", [1.0, 1.0, 1.0], [0, 0, 0]),  # no signal
+    ],
+)
+def test_the_filter_s_choice_is_all_that_counts(strategy, rewards, kept, tmp_path):
+    trainer = runs.build("pf_ppo", tmp_path, strategy=strategy)
+    _, rollout = judged(trainer, tensor("new_logps"), rewards)
+    assert torch.equal(rollout["weights"], torch.tensor([kept]) * 3 / max(sum(kept), 1))
+
+
+@pytest.mark.parametrize(("whitening", "strategy"), [("after", "best_worst"), ("before", "best_worst")])
+def test_whitening_before_and_after_the_filter(whitening, strategy, tmp_path):
+    trainer = runs.build("pf_ppo", tmp_path, strategy=strategy, whitening=whitening, reward_clip=None)
+    _, rollout = judged(trainer, tensor("new_logps"), [0.5, -2.0, 1.5])
+    mask = tensor("action_mask").bool()
+    read = mask & (rollout["weights"] > 0)[:, :, None] if whitening == "after" else mask
+    values = rollout["advantages"][read]
+    assert values.mean().abs() < 1e-6 and values.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    if whitening == "before":
+        assert rollout["advantages"][0, 0].any()  # filtered out, and in the mean
+
+
+def test_resampling_counts_what_is_drawn_twice_twice(tmp_path):
+    trainer = runs.build("pf_ppo", tmp_path, strategy="best_worst", selection="resample", draws=5)
+    _, rollout = judged(trainer, tensor("new_logps"), [0.5, -2.0, 1.5])
+    counts = (rollout["weights"][0] / rollout["weights"].sum() * 5).round()
+    assert counts.sum() == 5 and counts[0] == 0 and sorted(counts.tolist()) != [0, 2.5, 2.5]
+    mask = tensor("action_mask")[0]
+    weight = mask * counts[:, None]
+    advantages = rollout["advantages"][0]
+    mean = (advantages * weight).sum() / weight.sum()
+    variance = (advantages.square() * weight).sum() / weight.sum()
+    assert mean.abs() < 1e-5 and variance.item() == pytest.approx(1, abs=1e-4)
+
+
+def test_group_advantages_are_taken_before_the_filter(tmp_path):
+    """The first completion is filtered out, and in the baseline of the others all the same."""
+    trainer = runs.build(
+        "pf_ppo", tmp_path, advantage="group", critic_learning_rate=None, strategy="best_worst", whitening="before"
+    )
+    assert trainer.critic is None
+    scores, rollout = judged(trainer, tensor("new_logps"), [0.5, -2.0, 1.5])
+    log_ratios = [0.25, 0.35, -0.15]  # summed over the oracle's kl_k1
+    rewards = [r - 0.01 * k for r, k in zip([0.5, -2.0, 1.5], log_ratios, strict=True)]
+    raw = [rewards[i] - (sum(rewards) - rewards[i]) / 2 for i in range(3)]
+    tokens = [raw[0]] * 4 + [raw[1]] * 5 + [raw[2]] * 2
+    mean = sum(tokens) / 11
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in tokens) / 11)
+    for place, value in enumerate(raw):
+        assert rollout["advantages"][0, place, 0].item() == pytest.approx((value - mean) / deviation, abs=1e-5)
+    assert rollout["weights"].tolist() == [[0, 1.5, 1.5]] and "values" not in rollout
+    loss = trainer.rollout_loss(scores, rollout)
+    assert loss[0, 0] == 0 and loss[0, 1:].all()
+
+
+@pytest.mark.parametrize("method", ["pf_ppo", "pf_ppo-model"])
+def test_what_is_filtered_out_moves_no_weight(method, tmp_path):
+    gradients = []
+    for poison in (False, True):
+        trainer = runs.build(method, tmp_path, record=True, strategy="best_worst", max_grad_norm=0)
+        batch = runs.rollout(trainer)
+        out = batch["weights"] == 0
+        assert 0 < out.sum() < out.numel()
+        if poison:
+            for name in ("advantages", "values", "returns", "token_old"):
+                batch[name] = batch[name].masked_fill(out[:, :, None], float("nan"))
+            batch["rewards"] = batch["rewards"].masked_fill(out, float("nan"))
+            batch["completion_ids"] = torch.where(out[:, :, None], 7, batch["completion_ids"])
+        scores = trainer.rollout_scores(trainer.model, batch)
+        losses = trainer.rollout_loss(scores, batch)
+        ((losses * batch["weights"]).sum() / batch["weights"].numel()).backward()
+        weights = [*trainer.model.parameters(), *trainer.critic.parameters()]
+        gradients.append([weight.grad.clone() for weight in weights])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-6), (one - other).abs().max()
+    assert any(gradient.any() for gradient in gradients[0])
+
+
+@pytest.mark.parametrize(("method", "rate"), [("pf_ppo", 0.03), ("pf_ppo-model", 0.01)])
+def test_the_critic_learns(method, rate, tmp_path):
+    """The completions are the same at every step; what equal beginnings do not tell apart, no critic can explain."""
+    trainer = runs.build(
+        method, tmp_path, record=True, data=runs.prompts(2), learning_rate=3e-3, critic_learning_rate=rate,
+        strategy="none", num_iterations=4, max_steps=48, value_clip=100.0, value_coef=1.0, beta=1e-4, gae_lambda=1.0,
+        lr_scheduler_type="constant", logging_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "critic/explained_variance" in entry]
+    explained = [entry["critic/explained_variance"] for entry in history]
+    assert len(explained) == 12 and explained[0] < 0.1 and explained[-1] > 0.7, explained
+    assert history[-1]["critic/value_loss"] < 0.2 * history[0]["critic/value_loss"]
+
+
+@pytest.mark.parametrize("method", ["pf_ppo", "pf_ppo-model"])
+def test_the_critic_has_its_own_rate_and_its_own_clipping(method, tmp_path):
+    trainer = runs.build(method, tmp_path, learning_rate=2e-4, critic_learning_rate=3e-2, max_grad_norm=0.5)
+    optimizer = trainer.create_optimizer()
+    trainer.create_scheduler(10)
+    own = {id(weight) for weight in trainer.critic.parameters()}
+    places = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(places)
+    assert {places[weight] for weight in own} == {3e-2}
+    assert {rate for weight, rate in places.items() if weight not in own} == {2e-4}
+    assert set(places) == own | {id(weight) for weight in trainer.model.parameters()}
+    for weight in [*trainer.model.parameters(), *trainer.critic.parameters()]:
+        weight.grad = torch.ones_like(weight)
+    policy = [weight for weight in trainer.model.parameters() if id(weight) not in own]
+    norm = trainer._clip_grad_norm(trainer.model)
+    assert norm.item() == pytest.approx(math.sqrt(sum(weight.numel() for weight in policy)))
+    for weights in (policy, trainer.critic.parameters()):
+        total = torch.stack([weight.grad.norm() for weight in weights]).norm()
+        assert total.item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_gradients_of_a_critic_model_do_not_pile_up(tmp_path):
+    trainer = runs.build("pf_ppo-model", tmp_path)
+    trainer.train()
+    assert all(weight.grad is None or not weight.grad.any() for weight in trainer.critic.parameters())
+
+
+def test_an_optimizer_without_the_critic_is_refused(tmp_path):
+    trainer = runs.build("pf_ppo", tmp_path)
+    trainer.optimizer = torch.optim.SGD([next(trainer.model.parameters())], lr=0.1)
+    with pytest.raises(UserError, match="lacks the critic"):
+        trainer.create_optimizer()
+
+
+@pytest.mark.parametrize("method", ["pf_ppo", "pf_ppo-model", "pf_ppo-group"])
+def test_lora_trains_resumes_and_keeps_its_reference(method, tmp_path):
+    start = tiny.model()
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "learning_rate": 1e-2}
+    ends = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        trainer = runs.build(method, tmp_path, model=copy.deepcopy(start), peft=copy.deepcopy(lora), **options)
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append(runs.digest(trainer.model))
+    assert ends[0] == ends[1]
+    for name, weight in start.named_parameters():
+        kept = dict(trainer.model.get_base_model().named_parameters())
+        assert torch.equal(kept.get(name, kept.get(name.replace(".weight", ".base_layer.weight"))), weight)
+    saved = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
+    assert saved and all("lora_" in name for name in saved)
+    assert trainer.ref_model is None
+
+
+def test_the_log_says_what_the_filter_and_the_critic_do(tmp_path):
+    trainer = runs.build("pf_ppo", tmp_path, record=True, strategy="best_worst")
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["kept"] == 0.5 and first["ratio"] == pytest.approx(1, abs=1e-5) and first["clip_fraction"] == 0
+    assert first["critic/value"] == 0 and first["critic/explained_variance"] == 0
+    for name in ("kl_to_sampler", "kl_per_token", "kl_to_reference", "critic/value_loss", "critic/clip_fraction"):
+        assert math.isfinite(first[name])
+    group = runs.build("pf_ppo-group", tmp_path)
+    group.train()
+    assert not any(name.startswith("critic") for name in group.state.log_history[0])
+
+
+def test_evaluation_reads_values_too(tmp_path):
+    trainer = runs.build("pf_ppo", tmp_path, num_generations_eval=2, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate(eval_dataset=runs.prompts(6))
+    assert math.isfinite(metrics["eval_loss"]) and "eval_critic/value_loss" in trainer.state.log_history[-1]
+
+
+def test_vllm_gets_the_model_s_own_weights_alone(tmp_path):
+    class Engine:
+        def __init__(self, model):
+            self.model, self.sent = model, []
+
+        def sync_weights(self):
+            self.sent += [name for name, _ in self.model.named_parameters()]
+
+    trainer = runs.build("pf_ppo", tmp_path)
+    trainer.vllm_generation = engine = Engine(trainer.model)
+    trainer._send_weights_without(trainer.critic)
+    trainer.vllm_generation.sync_weights()
+    assert engine.sent == [name for name, _ in tiny.model().named_parameters()]
+
+
+def options(**given):
+    return runs.COMMON | given
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"strategy": "best"}, "strategy must be one of none, best_of_n"),
+        ({"selection": "some"}, "selection must be one of exact, resample"),
+        ({"advantage": "loo"}, "advantage must be one of gae, group"),
+        ({"critic": "body"}, "critic must be one of head, model"),
+        ({"whitening": "never"}, "whitening must be one of after, before"),
+        ({"clip": 0}, "clip must be"),
+        ({"value_clip": -1.0}, "value_clip must be"),
+        ({"gae_lambda": 1.5}, "gae_lambda must be in"),
+        ({"gamma": -0.1}, "gamma must be in"),
+        ({"reward_clip": 0.0}, "reward_clip must be"),
+        ({"power": -2.0}, "power must be"),
+        ({"draws": 3}, "draws must be left open"),
+        ({"draws": 0, "selection": "resample"}, "draws must be"),
+        ({"critic_learning_rate": 0.0}, "critic_learning_rate must be"),
+        ({"advantage": "group", "critic": "model"}, "critic is set, but advantage: group"),
+        ({"advantage": "group", "value_coef": 0.5}, "value_coef is set, but advantage: group"),
+        ({"critic_model_name_or_path": "rm"}, "set critic: model"),
+        ({"epsilon": 0.5}, "set clip"),
+    ],
+)
+def test_bad_values_are_refused(given, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        PFPPOConfig(output_dir=str(tmp_path), use_cpu=True, **options(**given))
+
+
+def test_a_critic_model_that_would_not_be_used_is_refused(tmp_path):
+    args = PFPPOConfig(output_dir=str(tmp_path), use_cpu=True, **options())
+    with pytest.raises(UserError, match="critic_model is given"):
+        runs.ModelCriticTrainer(
+            tiny.model(), runs.checksum, args, train_dataset=runs.prompts(), processing_class=tiny.tokenizer()
+        )
+
+
+SCRIPT = """
+import json, os, sys
+from llmalign.errors import UserError
+from llmalign.processes import end_processes, load_group_users
+from tests.trainers import sampled_runs as runs
+from tests.trainers import tiny
+
+load_group_users()
+start, out, wrapper, methods = *sys.argv[1:4], json.loads(sys.argv[4])
+world = int(os.environ.get("WORLD_SIZE", 1))
+if wrapper == "DeepSpeedEngine":
+    try:
+        runs.build("pf_ppo-model", out, model=start)
+        raise SystemExit("critic: model was not refused")
+    except UserError as error:
+        assert "critic: model is a second network" in str(error), error
+for method in methods:
+    folder = os.path.join(out, method)
+    trainer = runs.build(
+        method, folder, model=start, record=True, per_device_train_batch_size=16 // world,
+        max_steps=4, num_iterations=2, save_strategy="steps", save_steps=4, optim="sgd", learning_rate=1e-3,
+        lr_scheduler_type="constant", max_grad_norm=1e9,  # DeepSpeed clips policy and critic as one
+    )
+    trainer.train()
+    assert trainer.accelerator.num_processes == world
+    assert type(trainer.model_wrapped).__name__ == wrapper, type(trainer.model_wrapped).__name__
+    if trainer.is_world_process_zero():
+        with open(os.path.join(folder, "log.json"), "w") as file:
+            json.dump(trainer.state.log_history[:4], file)
+end_processes(together=True)
+"""
+
+
+def launch(folder, start, wrapper, methods, launcher=()):
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, *launcher, str(script), start, str(folder / wrapper), wrapper, json.dumps(methods)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / wrapper
+
+
+def weights_of(folder):
+    checkpoint = folder / "checkpoint-4"
+    return load_file(checkpoint / "model.safetensors") | {
+        f"critic {name}": weight for name, weight in load_file(checkpoint / "critic.safetensors").items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "launcher", "methods"),
+    [
+        (
+            "DistributedDataParallel",
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+            ["pf_ppo", "pf_ppo-model"],
+        ),
+        pytest.param(
+            "DeepSpeedEngine",
+            ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/zero3.yaml"],
+            ["pf_ppo"],
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    importlib.util.find_spec("deepspeed") is None,
+                    reason="needs DeepSpeed: pip install 'llmalign[deepspeed]'",
+                ),
+            ],
+        ),
+    ],
+)
+def test_two_processes_equal_one(wrapper, launcher, methods, tmp_path):
+    start = tiny.save(tmp_path / "start")
+    alone = launch(tmp_path, start, "LlamaForCausalLM", methods)
+    together = launch(tmp_path, start, wrapper, methods, launcher)
+    before = LlamaForCausalLM.from_pretrained(start).state_dict()
+    for method in methods:
+        logs = [json.loads((folder / method / "log.json").read_text()) for folder in (alone, together)]
+        for one, other in zip(*logs, strict=True):
+            if wrapper == "DeepSpeedEngine":  # which has one norm for both
+                one["grad_norm"] = math.hypot(one["grad_norm"], one.pop("critic/grad_norm"))
+            for name in one:
+                if name.startswith(("critic/", "kl_")) or name in ("loss", "grad_norm", "kept"):
+                    assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), (method, name)
+        one, other = (weights_of(folder / method) for folder in (alone, together))
+        assert any(not torch.equal(one[name], weight) for name, weight in before.items() if name in one)
+        for name, weight in one.items():
+            torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-5, msg=name)
