@@ -20,6 +20,8 @@ from llmalign.types import PromptGroups
 
 #: logits held at a time, in numbers: few enough for a CPU's cache, enough to fill an accelerator
 CPU_CHUNK, DEVICE_CHUNK = 2**22, 2**26
+#: of so many last chunks the log-probs stay for the backward pass, instead of being computed again: 48 and 256 MiB
+CPU_KEPT, DEVICE_KEPT = 3, 1
 _ATTACHED = "_has_compact_head"
 
 
@@ -65,12 +67,13 @@ def most_over_ranks(calls: int, device: torch.device) -> int:
 def head_logps(head: Any, hidden: Tensor, targets: Tensor, rule: LogitRule) -> Tensor:
     """Log-probs (S,) in nats, float32, of `targets` (S,) after hidden states (S, H), through a language model's head.
 
-    Logits exist for one chunk at a time, in the backward pass too, which computes them again; the last chunk's are
-    kept, since the backward pass begins with them. The head is called as a module, so that whatever it is (tied,
-    biased, quantized, with an adapter, sharded) works as it does in the model.
+    Logits exist for one chunk at a time, in the backward pass too, which computes them again; those of a few last
+    chunks are kept, since it begins with them. The head is called as a module, so that whatever it is (tied, biased,
+    quantized, with an adapter, sharded) works as it does in the model.
     """
     vocabulary = head.out_features
-    at_a_time = max((CPU_CHUNK if hidden.device.type == "cpu" else DEVICE_CHUNK) // vocabulary, 1)
+    numbers, kept = (CPU_CHUNK, CPU_KEPT) if hidden.device.type == "cpu" else (DEVICE_CHUNK, DEVICE_KEPT)
+    at_a_time = max(numbers // vocabulary, 1)
     chunks = most_over_ranks(max(-(-len(targets) // at_a_time), 1), hidden.device)
 
     def logps(rows: Tensor, wanted: Tensor) -> Tensor:
@@ -81,7 +84,8 @@ def head_logps(head: Any, hidden: Tensor, targets: Tensor, rule: LogitRule) -> T
         return torch.cat([logps(*piece) for piece in pieces])
     # Sharded weights are empty while they are not in use, which the default check would take for a difference.
     options: Any = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
-    return torch.cat([*(checkpoint(logps, *piece, **options) for piece in pieces[:-1]), logps(*pieces[-1])])
+    again = [checkpoint(logps, *piece, **options) for piece in pieces[:-kept]]
+    return torch.cat([*again, *(logps(*piece) for piece in pieces[-kept:])])
 
 
 def add_compact_head(model: PreTrainedModel, temperature: float = 1.0) -> None:

@@ -67,9 +67,12 @@ def sample(job: cases.Job, tokenizer: PreTrainedTokenizerBase) -> Outcome:
         )
     else:
         method = METHODS[case.method]
+        if case.method == "fdpg":  # which refuses every way of sampling but the model's own
+            del common["generation_kwargs"]
         trainer = method.trainer(
             job.model, even, method.config(**(common | options)), train_dataset=rows, processing_class=tokenizer
         )
+    trainer.generation_config.min_new_tokens = case.completion
     trainer.add_callback(StepClock(clock))
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()

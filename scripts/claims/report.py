@@ -69,7 +69,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim: its sentence, its cells (few and short ones for the smoke run), its experiment and its judgement."""
+    """A claim: its sentence, its cells (few and short ones for the smoke run), its experiment and its judgement.
+
+    `needs` names an environment variable without which only the smoke run is possible.
+    """
 
     name: str
     statement: str
@@ -77,6 +80,7 @@ class Claim:
     experiment: Callable[[Cell, Store], Result]
     judge: Callable[[list[Result]], Outcome]
     sources: tuple[Path, ...]
+    needs: str | None = None
 
 
 def values(records: Sequence[Result], key: str, **where: Any) -> list[float]:

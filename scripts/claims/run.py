@@ -4,6 +4,7 @@ Cells that are already kept under the out folder are not run again. A name picks
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -14,11 +15,28 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 
-from claims import bandit, inpo_classes, inpo_exact, inpo_model, rdpo, rpo, start  # noqa: E402
+from claims import (  # noqa: E402
+    bandit,
+    copg_online,
+    fdpg_exact,
+    fdpg_stories,
+    inpo_classes,
+    inpo_exact,
+    inpo_model,
+    mdpo,
+    programs,
+    rdpo,
+    rpo,
+    start,
+)
 from claims.cells import Result, Store, code_version  # noqa: E402
 from claims.report import Claim, Outcome, write  # noqa: E402
 
-CLAIMS = {module.CLAIM.name: module.CLAIM for module in (bandit, rdpo, rpo, inpo_exact, inpo_classes, inpo_model)}
+MODULES = (
+    *(bandit, rdpo, rpo, inpo_exact, inpo_classes, inpo_model),
+    *(copg_online, mdpo, fdpg_exact, fdpg_stories, programs),
+)
+CLAIMS = {module.CLAIM.name: module.CLAIM for module in MODULES}
 
 
 def choose(names: list[str]) -> list[Claim]:
@@ -63,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     start.quiet()
     out = arguments.out / "smoke" if arguments.smoke else arguments.out
     for claim in chosen:
+        if claim.needs is not None and claim.needs not in os.environ and not arguments.smoke:
+            console.print(f"[bold]{claim.name}: skipped.[/bold] It needs {claim.needs}; see scripts/claims/README.md")
+            continue
         outcome = run_claim(claim, out, arguments.smoke, console)
         verdict = "smoke run, no verdict" if arguments.smoke else "holds" if outcome.holds else "does not hold"
         console.print(f"[bold]{claim.name}: {verdict}.[/bold] {outcome.verdict}\n  {out / claim.name}.md")

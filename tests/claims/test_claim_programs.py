@@ -1,4 +1,4 @@
-"""The programming tasks against hand-worked answers and the sandbox, the pairs made of them, and the claim's verdict."""
+"""The programming tasks against hand-worked answers and the sandbox, the pairs made of them, and the verdict."""
 
 import random
 from collections.abc import Callable
