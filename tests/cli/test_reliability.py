@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llmalign import PFPPOConfig
 from llmalign.cli import main
 from llmalign.rewards.reliability import as_dict, reliability
 
@@ -39,8 +40,9 @@ def test_numbers_picture_and_advice(file, tmp_path: Path, capsys: pytest.Capture
     options = ["--out", str(out), "--json", str(numbers), "--resamples", "50", "--n_groups", "8", "--seed", "3"]
     assert main(["reliability", file(rows()), *options]) == 0
     expected = reliability(
-        [r["rewards"] for r in rows()], [r["scores"] for r in rows()], n_groups=8, resamples=50, seed=3
-    )
+        [r["rewards"] for r in rows()], [r["scores"] for r in rows()], n_groups=8, resamples=50, seed=3,
+        power=PFPPOConfig.power,
+    )  # fmt: skip
     assert json.loads(numbers.read_text()) == as_dict(expected)
     assert out.read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr().out

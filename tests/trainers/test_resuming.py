@@ -277,7 +277,9 @@ def test_only_the_first_rank_looks_and_writes(run: Path, monkeypatch: pytest.Mon
     assert not (run / "run.json").exists()
 
 
-def test_tied_weights_are_loaded_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tied_weights_are_loaded_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def tied() -> LlamaForCausalLM:
         model = small_llama()
         return LlamaForCausalLM(type(model.config).from_dict(model.config.to_dict() | {"tie_word_embeddings": True}))
@@ -286,16 +288,14 @@ def test_tied_weights_are_loaded_without_a_warning(tmp_path: Path, caplog: pytes
     whole = make(tmp_path / "run", model=tied(), max_steps=4)
     whole.train()
     caplog.clear()
-    logging.getLogger("transformers").propagate = True
+    caplog.set_level(logging.WARNING, logger="transformers")  # which the command line sets to another
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     resumed = make(tmp_path / "run", model=tied(), max_steps=4)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    logging.getLogger("transformers").propagate = False
     assert "missing keys" not in caplog.text
     assert resumed.model.lm_head.weight is resumed.model.model.embed_tokens.weight
     for (name, weight), other in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(weight, other[1]), name
     untied = make(tmp_path / "other", model=small_llama())
-    logging.getLogger("transformers").propagate = True
     untied._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-2"))
-    logging.getLogger("transformers").propagate = False
     assert "missing keys" in caplog.text
