@@ -122,6 +122,24 @@ def test_the_judge_counts_in_the_sandbox_and_runs_nothing_twice(some_backend: st
     assert len(judge._known) == 4
 
 
+def test_a_sandbox_that_did_not_start_is_tried_again(some_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, task, calls = programs_models.Judge(), Task("above 3", "add 2", "sum"), []
+
+    def stubborn(answers: list[list[float | None]]) -> None:
+        def reward(prompts: list[str], programs: list[str], **columns: list[str]) -> list[float | None]:
+            calls.append(programs)
+            return answers.pop(0)
+
+        monkeypatch.setattr(judge, "_reward", reward)
+
+    stubborn([[None, 0.5], [1.0]])
+    assert judge([task, task], ["a", "b"]) == [1.0, 0.5]
+    assert calls == [["a", "b"], ["a"]]
+    stubborn([[None]] * programs_models.ATTEMPTS)
+    with pytest.raises(RuntimeError, match="did not start for 1 program"):
+        judge([task], ["c"])
+
+
 def test_pairs_are_what_passes_most_and_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks whose programs all pass equally many tests make no pair."""
     shares = {"a": 0.5, "b": 1.0, "c": 0.0}

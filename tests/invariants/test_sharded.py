@@ -34,9 +34,11 @@ SCRIPT = """
 import copy, json, os, sys
 from llmalign import CoPGConfig, CoPGTrainer, INPOConfig, INPOTrainer, PairConfig, PairTrainer
 from llmalign.processes import end_processes, load_group_users
+from llmalign.scores import prefix, text
 from tests.trainers import tiny
 from tests.trainers.building import LORA
 
+text.CPU_CHUNK, prefix.BLOCK = 264 * 12, 5  # so that texts as short as these come to several chunks and blocks
 load_group_users()
 start, out, wrapper, runs = *sys.argv[1:4], json.loads(sys.argv[4])
 world = int(os.environ.get("WORLD_SIZE", 1))
