@@ -94,16 +94,12 @@ def experiment(cell: Cell, store: Store) -> Result:
 
 
 def _report_leads(records: list[Result]) -> dict[str, dict[str, Interval]]:
-    """How far CoPG ends above each of TRL's in the same group, paired by seed."""
-    leads: dict[str, dict[str, Interval]] = {}
-    for group, methods in REPORTED.items():
-        own = values(records, "last_reward", method=methods[0])
-        for method in methods[1:]:
-            other = values(records, "last_reward", method=method)
-            if other and not method.startswith("copg"):
-                gaps = [a - b for a, b in zip(own, other, strict=True)]
-                leads.setdefault(group, {})[method] = interval(gaps)
-    return leads
+    """CoPG's lead over each of TRL's methods in the same group."""
+    ran = {record["cell"]["method"] for record in records}
+    return {
+        group: {m: sampled_report.lead(records, own, m) for m in others if m in ran and not m.startswith("copg")}
+        for group, (own, *others) in REPORTED.items()
+    }
 
 
 def judge(records: list[Result]) -> Outcome:
@@ -111,15 +107,14 @@ def judge(records: list[Result]) -> Outcome:
     found = [method for method in LABELS if values(records, "last_reward", method=method)]
     first = interval([run[0] for m in found for run in values(records, "reward", method=m)]).mean
     said = "; ".join(
-        f"{group[0].lower()}{group[1:]}: " + ", ".join(f"over {LABELS[m]} {gap.text(2)}" for m, gap in gaps.items())
+        f"{group.lower()}: " + ", ".join(f"over {LABELS[m]} {gap.text(2)}" for m, gap in gaps.items())
         for group, gaps in leads.items()
     )
-    fresh, fixed = (leads[group].values() for group in ("While training", "Of the start alone"))
+    fresh = leads["While training"].values()
+    fixed = [gap for method, gap in leads["Of the start alone"].items() if not method.endswith("fresh")]
     return Outcome(
         holds=all(gap.high >= 0 for gap in fresh) and all(gap.low > 0 for gap in fixed),
-        verdict=(
-            f"The reward on held-out prompts starts at {first:.2f}. CoPG's lead at the end, paired by seed. {said}."
-        ),
+        verdict=f"At the start the reward is {first:.2f}. CoPG's lead in reward - beta KL at the end; {said}.",
         columns=["method", *sampled_report.COLUMNS],
         rows=[[LABELS[m], *sampled_report.row(records, m)] for m in found],
         numbers=sampled_report.numbers(records, found),
@@ -137,9 +132,10 @@ def _report_picture(figure: Figure, records: list[Result]) -> None:
 CLAIM = Claim(
     name="copg_online",
     statement=(
-        "With the same number of completions and the learning rate of each tuned on one grid, CoPG on fresh "
-        "completions earns no less on held-out prompts than TRL's RLOO and GRPO, and on completions of the start alone "
-        "it earns more than both (the 95 % interval of the difference above 0, paired by seed)."
+        "With the same number of completions and the learning rate of each tuned on one grid, measured by reward less "
+        "beta KL on held-out prompts: on fresh completions CoPG is not below TRL's RLOO and GRPO (no 95 % interval of "
+        "a difference, paired by seed, lies below 0), and on completions of the start alone it is above both with "
+        "their ratio to the start (the intervals lie above 0)."
     ),
     cells=cells,
     experiment=experiment,

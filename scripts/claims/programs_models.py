@@ -29,6 +29,7 @@ from llmalign.scores.sampling import sample_completions
 VOCABULARY = 384
 LONGEST = 192
 ANSWER = 64
+ATTEMPTS = 3
 
 
 @cache
@@ -99,17 +100,19 @@ class Judge:
         self._known: dict[tuple[str, str], float] = {}
 
     def __call__(self, tasks: Sequence[Task], programs: Sequence[str]) -> list[float]:
-        """One share for each program; RuntimeError where the sandbox failed, which says nothing of the program."""
+        """One share for each program; RuntimeError where its sandbox did not start in several attempts."""
         cases = [(program, task.tests) for task, program in zip(tasks, programs, strict=True)]
-        new = [case for case in dict.fromkeys(cases) if case not in self._known]
-        if new:
+        for _ in range(ATTEMPTS):  # a sandbox that did not start says nothing of the program
+            new = [case for case in dict.fromkeys(cases) if case not in self._known]
+            if not new:
+                return [self._known[case] for case in cases]
             texts, tests = map(list, zip(*new, strict=True))
             found = self._reward([""] * len(new), texts, tests=tests, entry_point=["f"] * len(new))
-            self._known.update(zip(new, found, strict=True))
-        shares = [self._known[case] for case in cases]
-        if None in shares:
-            raise RuntimeError("The sandbox did not judge some programs; its warnings say why.")
-        return shares
+            self._known.update((case, share) for case, share in zip(new, found, strict=True) if share is not None)
+        missing = sum(case not in self._known for case in cases)
+        if missing:
+            raise RuntimeError(f"The sandbox did not start for {missing} programs in {ATTEMPTS} attempts.")
+        return [self._known[case] for case in cases]
 
 
 def writer_from(folder: Path) -> PreTrainedModel:
