@@ -79,6 +79,13 @@ class PFPPOConfig(SampledConfig):
             _positive(self, "draws")
         self._check_critic()
 
+    def _check_group(self) -> None:
+        """With a critic one completion a prompt is enough: plain PPO."""
+        if self.num_generations != 1 or self.advantage == GROUP:
+            super()._check_group()
+        elif self.strategy != "none":
+            raise UserError("num_generations 1 leaves nothing to choose from: set strategy: none, which is plain PPO")
+
     def _check_critic(self) -> None:
         given = [name for name in _OF_THE_CRITIC if getattr(self, name) is not None]
         if self.advantage == GROUP:

@@ -64,14 +64,14 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
     def __post_init__(self) -> None:
         refuse_inherited(self, {**_NOT_HONOURED, **self._unused()})
         self.disable_dropout = True
-        require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
+        self._check_group()
         self._whole_groups("per_device_train_batch_size", self.num_generations)
         size = self.num_generations_eval or self.num_generations
         open_default = next(entry.default for entry in fields(self) if entry.name == "per_device_eval_batch_size")
         if self.per_device_eval_batch_size == open_default:
             self.per_device_eval_batch_size = max(open_default // size, 1) * size
         self._whole_groups("per_device_eval_batch_size", size)
-        super().__post_init__()
+        self._check_as_rloo()
         require(self.scoring in KINDS, "scoring", self.scoring, f"one of {', '.join(KINDS)}")
         _positive(self, "temperature", "max_completion_length")
         require(self.beta >= 0 and math.isfinite(self.beta), "beta", self.beta, "zero or a positive finite number")
@@ -87,6 +87,23 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
     def max_length(self) -> int | None:
         """The longest prompt that is kept, in tokens: what the preparation of data asks every config for."""
         return self.max_prompt_length
+
+    def _check_group(self) -> None:
+        """A completion is compared with the others of its prompt, unless a method has something else to compare."""
+        require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
+
+    def _check_as_rloo(self) -> None:
+        """TRL's own checks; it asks for two completions a prompt, so one is shown to it as a rollout of one prompt."""
+        if self.num_generations > 1:
+            super().__post_init__()
+            return
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
+        rollout = self.generation_batch_size or self.per_device_train_batch_size * steps
+        rule = "at least 2: advantages are whitened over a rollout"
+        require(rollout > 1, "per_device_train_batch_size", rollout, rule)
+        self.num_generations, self.num_generations_eval = rollout, self.num_generations_eval or 1
+        super().__post_init__()
+        self.num_generations = 1
 
     def _whole_groups(self, name: str, size: int) -> None:
         require(getattr(self, name) % size == 0, name, getattr(self, name), f"a multiple of num_generations, {size}")

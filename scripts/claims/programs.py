@@ -33,8 +33,7 @@ SHAPE = {
 }  # fmt: skip
 SMOKE = {"rollouts": 2, "prompts": 4, "batch": 10, "passes": 1, "every": 1, "judged": 4, "sampled_last": 1}
 METHODS: dict[str, dict[str, Any]] = {
-    # One program a task cannot be asked of TRL's sampler: two to each of more tasks, so that all see equally many.
-    "ppo_s": {"strategy": "none", "prompts": 60, "group": 2},
+    "ppo_s": {"strategy": "none", "prompts": 120, "group": 1},  # the paper's: one program to each of as many tasks
     "ppo_m": {"strategy": "none"},
     "best_of_n": {"strategy": "best_of_n"},
     "best_random": {"strategy": "best_random"},

@@ -6,7 +6,7 @@ from claims.cells import Result
 from claims.report import Figure, Interval, Outcome, draw_bands, interval, values
 
 LABELS = {
-    "ppo_s": "PPO-S, 2 each of more tasks",
+    "ppo_s": "PPO-S, 1 each of 5 times the tasks",
     "ppo_m": "PPO-M, all of 5",
     "best_of_n": "best of 5",
     "best_random": "best and a random of 5",

@@ -4,21 +4,50 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
 
 from llmalign.trainers.checkpoint import find_resumable
 from tests.invariants.test_resume import Run
 
 STEPS = 12
+LAST = f"checkpoint-{STEPS}"
 CASES = {
     "copg_online": {"replay_prompts": 2, "replay_capacity": 6},
     "mdpo": {},
     "mdpo-lora": {"use_peft": True, "lora_r": 4},
+    "pf_ppo": {"strategy": "best_random", "critic_learning_rate": 1e-2},
+    "pf_ppo-model": {
+        "strategy": "best_worst",
+        "critic": "model",
+        "critic_learning_rate": 1e-3,
+        "reward_models": ["rewards"],
+    },
+    "fdpg": {
+        "target": "distributional",
+        "moments": [2.5],
+        "moment_samples": 32,
+        "baseline": "window",
+        "proposal": "offline",
+        "proposal_update_interval": 2,
+    },
+    "fdpg-reward": {"target": "reward", "beta": 2.0},
 }
+#: what a checkpoint holds beside the model: a critic, an offline proposal
+BESIDE = {"pf_ppo": "critic", "pf_ppo-model": "critic", "fdpg": "proposal"}
 
 
 def parity(prompts, completions, completion_ids, **columns):
     return [sum(ids) % 7 / 3 + float(tag) for ids, tag in zip(completion_ids, columns["tag"], strict=True)]
+
+
+def reward_model(folder: Path, model: Path) -> Path:
+    config = AutoConfig.from_pretrained(model, num_labels=1)
+    torch.manual_seed(3)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
 
 
 def write_recipe(folder: Path, model: Path, name: str, output_dir: Path) -> Path:
@@ -42,14 +71,14 @@ def write_recipe(folder: Path, model: Path, name: str, output_dir: Path) -> Path
         "output_dir": str(output_dir),
         **CASES[name],
     }
+    if "reward_models" in recipe:
+        recipe["reward_models"] = [str(reward_model(folder / name, model)) for name in recipe["reward_models"]]
     path = folder / f"{output_dir.name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "copg_online" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_killed_and_resumed_it_ends_at_the_same_bytes(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     recipes = [write_recipe(tmp_path, tiny_model_dir, name, folder) for folder in (whole, torn)]
@@ -60,11 +89,14 @@ def test_killed_and_resumed_it_ends_at_the_same_bytes(name: str, tiny_model_dir:
     resumed = Run(recipes[1], "--resume", "auto")
     reference.finish()
     resumed.finish()
-    files = sorted(path.name for path in whole.glob("*.safetensors"))
-    assert files
+    # The model as it was saved, and all of the last checkpoint, a critic too.
+    files = sorted(str(path.relative_to(whole)) for path in whole.glob("**/*.safetensors"))
+    files = [file for file in files if file in ("model.safetensors", "adapter_model.safetensors") or LAST in file]
+    assert len(files) == (3 if name in BESIDE else 2)
+    assert name not in BESIDE or f"{LAST}/{BESIDE[name]}.safetensors" in files
     for file in files:
         assert (torn / file).read_bytes() == (whole / file).read_bytes(), file
-    last = [json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text()) for run in (whole, torn)]
+    last = [json.loads((run / LAST / "trainer_state.json").read_text()) for run in (whole, torn)]
     logged = [
         [(entry["step"], entry["loss"], entry["reward"]) for entry in state["log_history"] if "reward" in entry]
         for state in last

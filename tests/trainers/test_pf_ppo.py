@@ -240,6 +240,23 @@ def test_the_log_says_what_the_filter_and_the_critic_do(tmp_path):
     assert not any(name.startswith("critic") for name in group.state.log_history[0])
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_plain_ppo_takes_one_completion_a_prompt(accumulation, tmp_path):
+    given = {"strategy": "none", "num_generations": 1, "per_device_train_batch_size": 12 // accumulation}
+    trainer = runs.build(
+        "pf_ppo", tmp_path, record=True, evaluation=runs.prompts(4), eval_strategy="steps", eval_steps=1,
+        gradient_accumulation_steps=accumulation, **given,
+    )  # fmt: skip
+    assert trainer.args.num_generations == trainer.num_generations == trainer.num_generations_eval == 1
+    start = runs.digest(trainer.model)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["kept"] == 1 and first["ratio"] == pytest.approx(1, abs=1e-5)
+    drawn = runs.rollout(trainer)
+    assert len(drawn["prompt_ids"].unique(dim=0)) == len(drawn["prompt_ids"])
+    assert runs.digest(trainer.model) != start and math.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+
 def test_evaluation_reads_values_too(tmp_path):
     trainer = runs.build("pf_ppo", tmp_path, num_generations_eval=2, per_device_eval_batch_size=4)
     metrics = trainer.evaluate(eval_dataset=runs.prompts(6))
@@ -286,6 +303,9 @@ def options(**given):
         ({"advantage": "group", "value_coef": 0.5}, "value_coef is set, but advantage: group"),
         ({"critic_model_name_or_path": "rm"}, "set critic: model"),
         ({"epsilon": 0.5}, "set clip"),
+        ({"num_generations": 1}, "nothing to choose from: set strategy: none"),
+        ({"num_generations": 1, "strategy": "none", "advantage": "group"}, "num_generations must be at least 2"),
+        ({"num_generations": 1, "strategy": "none", "per_device_train_batch_size": 1}, "at least 2: advantages are"),
     ],
 )
 def test_bad_values_are_refused(given, sentence, tmp_path):
