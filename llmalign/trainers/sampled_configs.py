@@ -101,9 +101,10 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
         rollout = self.generation_batch_size or self.per_device_train_batch_size * steps
         rule = "at least 2: advantages are whitened over a rollout"
         require(rollout > 1, "per_device_train_batch_size", rollout, rule)
-        self.num_generations, self.num_generations_eval = rollout, self.num_generations_eval or 1
+        shown = {"num_generations": rollout, "num_generations_eval": self.num_generations_eval or 1}
+        vars(self).update(shown)
         super().__post_init__()
-        self.num_generations = 1
+        vars(self).update(num_generations=1)
 
     def _whole_groups(self, name: str, size: int) -> None:
         require(getattr(self, name) % size == 0, name, getattr(self, name), f"a multiple of num_generations, {size}")
