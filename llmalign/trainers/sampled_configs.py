@@ -34,6 +34,8 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
     for continuous batching on a CPU or on float32 weights: it is slower there, and casts the weights that are trained.
     """
 
+    num_generations: int = field(default=2, metadata={"help": "Completions of a prompt in a rollout."})
+    num_generations_eval: int | None = field(default=None, metadata={"help": "The same in evaluation; open: as many."})
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": _CHECKPOINTING})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": _NAN_FILTER})
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout is always off here."})
@@ -101,10 +103,9 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
         rollout = self.generation_batch_size or self.per_device_train_batch_size * steps
         rule = "at least 2: advantages are whitened over a rollout"
         require(rollout > 1, "per_device_train_batch_size", rollout, rule)
-        shown = {"num_generations": rollout, "num_generations_eval": self.num_generations_eval or 1}
-        vars(self).update(shown)
+        self.num_generations, self.num_generations_eval = rollout, self.num_generations_eval or 1
         super().__post_init__()
-        vars(self).update(num_generations=1)
+        self.num_generations = 1
 
     def _whole_groups(self, name: str, size: int) -> None:
         require(getattr(self, name) % size == 0, name, getattr(self, name), f"a multiple of num_generations, {size}")
