@@ -1,11 +1,40 @@
-"""How the processes of one run part: together, and with no thread of their process group left behind."""
+"""What the processes of one run do together: tell each other what happened, fail, and part."""
 
 import gc
 from importlib import import_module
+from typing import Any, TypeVar
 
 import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import is_deepspeed_available
+
+from llmalign.errors import UserError
+
+T = TypeVar("T")
+
+
+def from_all_processes(own: T) -> list[T]:
+    """What every process passed, in the order of their ranks; all call it together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, own)
+    return everyone
+
+
+def fail_together(fault: str | None) -> None:
+    """Raise UserError on every process where any of them has a `fault`; all call it together.
+
+    An error that one process raised alone would leave the others waiting for it in their next exchange.
+    """
+    raise_first(from_all_processes(fault))
+
+
+def raise_first(faults: list[str | None]) -> None:
+    """Raise UserError with the first fault of `from_all_processes`, if there is one."""
+    for rank, fault in enumerate(faults):
+        if fault is not None:
+            raise UserError(fault if len(faults) == 1 else f"process {rank}: {fault}")
 
 
 def load_group_users() -> None:

@@ -128,9 +128,13 @@ class Guarded:
     the whole batch raises, or comes back in another length, the function is called again row by row; a function that
     compares the rows of its batch, or has side effects, sees that. `failed` lists the failures of the last call,
     `count` counts all, `messages` by message; each distinct message is logged once. A UserError and
-    a lack of memory are passed on. Not covered: a function that never returns, and one that fails on every row, which
-    whoever sees all rows must notice.
+    a lack of memory are passed on, or kept in `held` after `hold_back`, for whoever must not fail before other
+    processes do; no row has a reward then. Not covered: a function that never returns, and one that fails on every
+    row, which whoever sees all rows must notice.
     """
+
+    held: Exception | None = None
+    _holds_back = False
 
     def __init__(self, function: RewardFunction, name: str | None = None) -> None:
         self.function = function
@@ -144,13 +148,24 @@ class Guarded:
         """One reward a prompt; `columns` holds `completion_ids`, the data set's columns and what TRL passes beside."""
         whole = {"prompts": prompts, "completions": completions, **columns}
         try:
-            rewards = _as_list(self.function(**whole), len(prompts))
+            rewards = self._rewards(whole, len(prompts))
+        except PASSED_ON as error:
+            return self._passed_on(error, len(prompts))
+        return self._checked(rewards, columns)
+
+    def hold_back(self) -> None:
+        """Keep in `held` what the next batches would pass on; what was kept before is forgotten."""
+        self._holds_back, self.held = True, None
+
+    def _rewards(self, whole: dict[str, Any], count: int) -> list[Any]:
+        """The function's answer, row by row where it has none for the batch."""
+        try:
+            return _as_list(self.function(**whole), count)
         except PASSED_ON:
             raise
         except Exception as error:
             self._say_row_by_row(error)
-            rewards = [self._one(arguments) for arguments in _rows(whole)]
-        return self._checked(rewards, columns)
+            return [self._one(arguments) for arguments in _rows(whole)]
 
     def _one(self, arguments: dict[str, Any]) -> Any:
         """The reward of one row, or the exception that it raised."""
@@ -160,6 +175,12 @@ class Guarded:
             raise
         except Exception as error:
             return error
+
+    def _passed_on(self, error: Exception, count: int) -> list[float | None]:
+        if not self._holds_back:
+            raise error
+        self.held, self.failed = error, []
+        return [NOT_A_REWARD] * count
 
     def _checked(self, rewards: list[Any], columns: dict[str, Any]) -> list[float | None]:
         row_ids = _row_ids(columns, len(rewards))
@@ -206,13 +227,19 @@ class AsyncGuarded(Guarded):
         """One reward a prompt."""
         whole = {"prompts": prompts, "completions": completions, **columns}
         try:
-            rewards = _as_list(await self.function(**whole), len(prompts))
+            rewards = await self._rewards_async(whole, len(prompts))
+        except PASSED_ON as error:
+            return self._passed_on(error, len(prompts))
+        return self._checked(rewards, columns)
+
+    async def _rewards_async(self, whole: dict[str, Any], count: int) -> list[Any]:
+        try:
+            return _as_list(await self.function(**whole), count)
         except PASSED_ON:
             raise
         except Exception as error:
             self._say_row_by_row(error)
-            rewards = [await self._one_async(arguments) for arguments in _rows(whole)]
-        return self._checked(rewards, columns)
+            return [await self._one_async(arguments) for arguments in _rows(whole)]
 
     async def _one_async(self, arguments: dict[str, Any]) -> Any:
         try:

@@ -97,9 +97,9 @@ class RewardTarget:
 class MomentReport:
     """How well the moments were reached: one entry per feature in ``wanted``, ``reached`` and ``lambdas``.
 
-    ``reached`` are the means of the features under p, estimated on the samples; ``gradient_norm`` is the largest gap
-    to ``wanted``. ``effective`` of ``samples`` is ``1 / sum w~^2`` of p's normalised weights: with a few, lambda is a
-    guess. A lambda of +-inf stands for a feature that p fixes at 1 or 0.
+    ``reached`` are the means of the features under p, estimated on the samples, each of ``contexts`` prompts counting
+    alike; ``gradient_norm`` is the largest gap to ``wanted``. ``effective`` of ``samples`` is ``1 / sum w~^2`` of p's
+    normalised weights: with a few, lambda is a guess. A lambda of +-inf stands for a feature that p fixes at 1 or 0.
     """
 
     iterations: int
@@ -109,6 +109,7 @@ class MomentReport:
     gradient_norm: float
     effective: float
     samples: int
+    contexts: int
 
     def text(self) -> str:
         """One line to log."""
@@ -117,6 +118,7 @@ class MomentReport:
         return (
             f"moments {features} after {self.iterations} Newton steps, largest gap {self.gradient_norm:.1e}, "
             f"effective sample size {self.effective:.0f} of {self.samples}"
+            + (f", {self.contexts} prompts" if self.contexts > 1 else "")
         )
 
 
@@ -151,33 +153,38 @@ class DistributionalTarget:
             return any(moment in (0.0, 1.0) for moment in self.moments)
         return any(math.isinf(lam) for lam in self._lambdas)
 
-    def fit(self, features: Tensor, log_weights: Tensor | None = None) -> MomentReport:
+    def fit(self, features: Tensor, log_weights: Tensor | None = None, contexts: Tensor | None = None) -> MomentReport:
         """Solve lambda by Newton's method on samples, and say how it went.
 
         ``features`` (N, K), or (N,) for one; ``log_weights`` (N,) are log a - log q of samples of another
-        distribution q, None for samples of a. The moments are self-normalised importance-weighted means in float64;
-        steps are halved until the convex dual falls, since a full first step can lead to a singular matrix. Raises
-        UserError where the samples cannot show the moments, one by one or together.
+        distribution q, None for samples of a; ``contexts`` (N,) whole numbers say which prompt each is of, None for
+        one. Under p every prompt has a partition function of its own, so its moments are self-normalised means
+        by themselves, and lambda brings their mean over the prompts to the given moments. Float64; steps are halved
+        until the convex dual falls, since a full first step can lead to a singular matrix. A prompt of which no sample
+        is possible is left out. Raises UserError where the samples cannot show the moments, one by one or together.
         """
         columns = _columns(features if log_weights is None else log_weights, features).double()
         if columns.shape[1] != len(self.moments):
             raise UserError(f"{len(self.moments)} moments need as many features, got {columns.shape[1]}.")
         weights = torch.zeros_like(columns[:, 0]) if log_weights is None else log_weights.double()
         fixed = self._fixed(columns)
-        kept = torch.ones_like(weights, dtype=torch.bool)
+        kept = weights > -math.inf
         for place, value in fixed.items():
             kept &= columns[:, place] == value
+        if not bool(kept.any()):
+            named = ", ".join(f"feature {place} = {value}" for place, value in fixed.items())
+            raise UserError(f"no sample of {len(kept)} has {named or 'a weight above 0'}: the target would be empty.")
         free = [place for place in range(len(self.moments)) if place not in fixed]
-        weights = torch.where(kept, weights, -torch.inf)
-        _require_reachable(columns, weights, self.moments, free, fixed)
+        samples = Samples(columns[kept][:, free], weights[kept], None if contexts is None else contexts[kept])
+        _require_reachable(samples, self.moments, free)
         wanted = torch.tensor([self.moments[place] for place in free], dtype=torch.float64, device=columns.device)
-        solution, iterations = _newton(columns[:, free], weights, wanted)
-        reached, _, effective = tilted_moments(columns[:, free], weights, solution)
+        solution, iterations = _newton(samples, wanted)
+        reached, _, effective = samples.tilted(solution)
         gap = float((reached - wanted).abs().max()) if free else 0.0
         if not gap <= TOLERANCE * (1 + float(columns.abs().max())):
             raise UserError(
                 f"moments {[self.moments[place] for place in free]} cannot be reached together: the closest that "
-                f"{int(weights.isfinite().sum())} samples come is {[round(value, 4) for value in reached.tolist()]}. "
+                f"{int(kept.sum())} samples come is {[round(value, 4) for value in reached.tolist()]}. "
                 "Ask for less, or fit on samples that show the features together."
             )
         lambdas = [math.copysign(math.inf, fixed.get(place, 0) - 0.5) for place in range(len(self.moments))]
@@ -186,7 +193,7 @@ class DistributionalTarget:
             lambdas[place], moments[place] = lam, mean
         self._lambdas = lambdas
         return MomentReport(
-            iterations, tuple(self.moments), tuple(moments), tuple(lambdas), gap, effective, columns.shape[0]
+            iterations, tuple(self.moments), tuple(moments), tuple(lambdas), gap, effective, len(kept), samples.count
         )
 
     def log_target(self, base_logps: Tensor, features: Tensor) -> Tensor:
@@ -223,36 +230,63 @@ class DistributionalTarget:
         }
 
 
-def tilted_moments(features: Tensor, log_weights: Tensor, lambdas: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Means (K,) and covariance (K, K) of features (N, K) under w~, proportional to exp(log_weights + features lambda).
+class Samples:
+    """Features (N, K) and log weights (N,), finite, of samples of one or more contexts, (N,) whole numbers or None."""
 
-    The third is the effective sample size, ``1 / sum w~^2``. ``log_weights`` (N,) may be -inf, not all of them.
-    """
-    weights = torch.softmax(log_weights + features @ lambdas, dim=0)
-    means = weights @ features
-    centred = features - means
-    return means, (centred * weights.unsqueeze(1)).T @ centred, float(1 / weights.detach().square().sum())
+    def __init__(self, features: Tensor, log_weights: Tensor, contexts: Tensor | None = None) -> None:
+        self.features, self.log_weights = features, log_weights
+        own = torch.zeros(len(features), dtype=torch.long) if contexts is None else contexts.cpu()
+        self.owners = own.unique(return_inverse=True)[1].to(features.device)
+        self.count = int(self.owners.max()) + 1
+
+    def tilted(self, lambdas: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Mean (K,) and covariance (K, K) under exp(log_weights + features lambda), each a mean over the contexts.
+
+        Each context is normalised by itself. The third is the effective sample size, 1 over the sum of squared weights.
+        """
+        tilt = self.log_weights + self.features @ lambdas
+        weights = (tilt - self._log_sums(tilt)[self.owners]).exp() / self.count
+        own_means = torch.zeros(self.count, self.features.shape[1], dtype=tilt.dtype, device=tilt.device)
+        own_means = own_means.index_add(0, self.owners, weights.unsqueeze(1) * self.features) * self.count
+        centred = self.features - own_means[self.owners]
+        covariance = (centred * weights.unsqueeze(1)).T @ centred
+        return own_means.mean(dim=0), covariance, float(1 / weights.detach().square().sum())
+
+    def dual(self, lambdas: Tensor, wanted: Tensor) -> Tensor:
+        """The mean over contexts of log sum w exp(features lambda), less lambda wanted; lambda is where it is least."""
+        return self._log_sums(self.log_weights + self.features @ lambdas).mean() - lambdas @ wanted
+
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest mean (K,) of each feature that weights above 0 can give."""
+        places = self.owners.unsqueeze(1).expand_as(self.features)
+        empty = torch.zeros(self.count, self.features.shape[1], dtype=self.features.dtype, device=self.features.device)
+        low, high = (
+            empty.scatter_reduce(0, places, self.features, kind, include_self=False).mean(dim=0)
+            for kind in ("amin", "amax")
+        )
+        return low, high
+
+    def _log_sums(self, tilt: Tensor) -> Tensor:
+        """logsumexp of each context, (count,)."""
+        largest = tilt.new_zeros(self.count).scatter_reduce(0, self.owners, tilt, "amax", include_self=False)
+        return largest + tilt.new_zeros(self.count).index_add(0, self.owners, (tilt - largest[self.owners]).exp()).log()
 
 
-def _newton(features: Tensor, log_weights: Tensor, wanted: Tensor) -> tuple[Tensor, int]:
-    """Minimise the dual, log sum w exp(features lambda) - lambda wanted, (K,); the best found and the steps taken."""
+def _newton(samples: Samples, wanted: Tensor) -> tuple[Tensor, int]:
+    """Minimise the dual over lambda, (K,); the best found and the steps taken."""
     lambdas = torch.zeros_like(wanted)
     if len(wanted) == 0:
         return lambdas, 0
-
-    def dual(at: Tensor) -> Tensor:
-        return torch.logsumexp(log_weights + features @ at, dim=0) - at @ wanted
-
     for iteration in range(ITERATIONS):
-        means, covariance, _ = tilted_moments(features, log_weights, lambdas)
+        means, covariance, _ = samples.tilted(lambdas)
         gradient = means - wanted
         if float(gradient.abs().max()) <= TOLERANCE:
             return lambdas, iteration
         # The pseudo-inverse leaves out directions in which the features do not vary, where lambda changes nothing.
         step = torch.linalg.pinv(covariance, hermitian=True) @ gradient
-        slope, here, scale = gradient @ step, dual(lambdas), 1.0
+        slope, here, scale = gradient @ step, samples.dual(lambdas, wanted), 1.0
         rounding = 1e-13 * (1 + here.abs())  # near the minimum the last steps change the dual by less
-        while not dual(lambdas - scale * step) <= here - 1e-4 * scale * slope + rounding:
+        while not samples.dual(lambdas - scale * step, wanted) <= here - 1e-4 * scale * slope + rounding:
             scale /= 2
             if scale < 1e-10:
                 return lambdas, iteration
@@ -260,22 +294,16 @@ def _newton(features: Tensor, log_weights: Tensor, wanted: Tensor) -> tuple[Tens
     return lambdas, ITERATIONS
 
 
-def _require_reachable(
-    columns: Tensor, log_weights: Tensor, moments: list[float], free: list[int], fixed: dict[int, int]
-) -> None:
+def _require_reachable(samples: Samples, moments: list[float], free: list[int]) -> None:
     """UserError that names the first moment outside of what the samples show."""
-    shown = columns[log_weights.isfinite()]
-    if len(shown) == 0:
-        named = ", ".join(f"feature {place} = {value}" for place, value in fixed.items())
-        raise UserError(f"no sample of {len(columns)} has {named or 'a weight above 0'}: the target would be empty.")
-    for place in free:
-        low, high = float(shown[:, place].min()), float(shown[:, place].max())
+    for place, low, high in zip(free, *(bound.tolist() for bound in samples.reach()), strict=True):
         inside = low < moments[place] < high or low == moments[place] == high
         if not inside:
+            of_prompts = f" of {samples.count} prompts" if samples.count > 1 else ""
             raise UserError(
-                f"moment {moments[place]:g} of feature {place} cannot be reached: on {len(shown)} samples the "
-                f"feature lies in [{low:g}, {high:g}] and its mean must lie inside. Sample more, or from a model that "
-                "shows it."
+                f"moment {moments[place]:g} of feature {place} cannot be reached: on {len(samples.features)} samples"
+                f"{of_prompts} its mean can lie in [{low:g}, {high:g}] and must lie inside. Sample more, or from a "
+                "model that shows it."
             )
 
 

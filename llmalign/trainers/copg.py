@@ -121,10 +121,15 @@ class OnlineCoPGTrainer(SampledBase):
         """The fresh prompts, with replayed ones behind them when training."""
         if not (self.model.training and self.args.replay_prompts):
             return rollout
+        rollout = rollout | {"fresh": torch.ones_like(rollout["mask"][:, 0])}
         count = min(self.args.replay_prompts, len(self.replay))
         drawn = self.replay.draw(count - count % self.args.steps_per_generation)
         self.replay.add(rollout)
-        return joined(rollout, drawn)
+        return joined(rollout, [row | {"fresh": torch.zeros_like(row["fresh"])} for row in drawn])
+
+    def policy_weights(self, scores: RolloutScores, rollout: Rollout) -> Tensor:
+        """What is replayed was drawn from another policy and says nothing of this one."""
+        return scores.mask & rollout["fresh"][:, None] if "fresh" in rollout else scores.mask
 
     def judge(self, rollout: Rollout, scores: RolloutScores) -> Rollout:
         """Weights (P,) that leave out prompts with fewer than two completions to compare."""
@@ -141,6 +146,7 @@ class OnlineCoPGTrainer(SampledBase):
         """Those of `CoPGTrainer`, without the prompts that have no value."""
         group = self._group(scores, rollout)
         metrics = group_metrics(group, rollout["rewards"], self.args.beta)
+        metrics["drift/chosen"] = metrics["drift/chosen"].masked_fill(~scores.mask.any(dim=1), torch.nan)
         return {name: (value.detach().nan_to_num(), (~value.isnan()).float()) for name, value in metrics.items()}
 
     def own_state(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from llmalign.types import RolloutScores
 
 logger = logging.getLogger(__name__)
 
+MAX_LOG_WEIGHT = 20.0
 BLEU_SAMPLES = 64  # completions of a prompt: its cost grows with them, and it is logged at every rollout
 
 
@@ -32,7 +33,8 @@ class FDPGTrainer(OfflineProposalMixin, SampledBase):
     What `reward_funcs` measure goes into P, as `FDPGConfig.target` says; a completion for which a function gives no
     number is left out. Z is a running mean over all rollouts and ranks, updated with a rollout before it is used on it;
     prompts whose Z is 0 so far are skipped. Lambda of a distributional target is solved before the first step, on
-    completions of the policy that training starts from, weighted to be the base's where they differ.
+    completions of the policy that training starts from, weighted to be the base's where they differ; the moments are
+    means over prompts of those of `p(.|prompt)`.
     """
 
     _name = "f-DPG"
@@ -59,11 +61,11 @@ class FDPGTrainer(OfflineProposalMixin, SampledBase):
     def _fit_target(self, rows: int) -> None:
         """Solve lambda on at least `moment_samples` completions, `rows` of them at a time on every rank."""
         mode = "train" if self.model.training else "eval"
-        size = self.group_size
-        calls = -(-self.args.moment_samples // (rows * self.accelerator.num_processes))
-        prompts = _some_rows(self.train_dataset, calls * self.accelerator.num_processes * rows // size, self.args.seed)
-        own = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
-        features, weights, present = [], [], []
+        size, processes = self.group_size, self.accelerator.num_processes
+        calls = -(-self.args.moment_samples // (rows * processes))
+        own = self._prompts_to_fit(calls * processes * rows // size)[self.accelerator.process_index :: processes]
+        logger.info("Sampling %d completions to solve the target's lambda on.", calls * processes * rows)
+        features, weights, present, owners = [], [], [], []
         for start in range(0, len(own), rows // size):
             inputs = [row for row in own[start : start + rows // size] for _ in range(size)]
             rollout = super()._generate_and_score_completions(inputs)
@@ -71,16 +73,26 @@ class FDPGTrainer(OfflineProposalMixin, SampledBase):
             features.append(rollout["features"].flatten(0, 1))
             weights.append((scores.reference - scores.proposal).flatten())
             present.append(rollout["mask"].flatten())
-        everyone = [self.accelerator.gather(torch.cat(parts)).cpu() for parts in (features, weights, present)]
-        report = self.target.fit(everyone[0][everyone[2]], everyone[1][everyone[2]])
+            prompts = [_number(ids) for ids in groups_of(rollout).prompts]
+            owners.append(torch.tensor(prompts, device=rollout["mask"].device).repeat_interleave(size))
+        gathered = (self.accelerator.gather(torch.cat(parts)).cpu() for parts in (features, weights, owners, present))
+        *everyone, there = gathered
+        report = self.target.fit(*(part[there] for part in everyone))
         self.moment_report, self._to_fit = report, False
         logger.info("Target: %s.", report.text())
         self._metrics[mode].clear()  # these completions were no step's
         logs = {"moments/newton_steps": report.iterations, "moments/gap": report.gradient_norm}
         logs |= {"moments/samples": report.samples, "moments/effective_samples": report.effective}
+        logs |= {"moments/prompts": report.contexts}
         for name, numbers in (("wanted", report.wanted), ("reached", report.reached), ("lambda", report.lambdas)):
             logs |= {f"moments/{name}_{place}": number for place, number in enumerate(numbers)}
         self.log(logs)
+
+    def _prompts_to_fit(self, groups: int) -> list[dict[str, Any]]:
+        """Rows for that many groups, each as often as gives it `moment_samples_per_prompt` completions."""
+        times = min(-(-self.args.moment_samples_per_prompt // self.group_size), groups)
+        rows = _some_rows(self.train_dataset, -(-groups // times), self.args.seed)
+        return [row for row in rows for _ in range(times)][:groups]
 
     def judge(self, rollout: Rollout, scores: RolloutScores) -> Rollout:
         """What was measured (P, K, F); log P (P, K); log Z and a windowed baseline (P,); whose completions count."""
@@ -88,12 +100,14 @@ class FDPGTrainer(OfflineProposalMixin, SampledBase):
         added = {"features": features, "mask": present}
         if self._to_fit:
             return added
-        log_p = self.target.log_target(scores.reference[present], features[present])
-        # Where a completion is left out anything finite will do: its weight is 0.
-        log_target = scores.proposal.masked_scatter(present, log_p)
-        log_z = self._log_z(rollout, log_p - scores.proposal[present], present).to(scores.proposal)
+        log_p, fault = self._log_target(scores, features, present)
+        log_ratios = log_p - scores.proposal[present]
+        log_z = self._log_z(rollout, log_ratios, present, fault or self._overflow(rollout, log_ratios, present))
+        log_z = log_z.to(scores.proposal)
         kept = present & ~log_z.isneginf()[:, None]
         log_z = log_z.masked_fill(log_z.isneginf(), 0.0)
+        # Where a completion is left out anything finite will do, its weight is 0; this makes its p / q 1.
+        log_target = (scores.proposal + log_z[:, None]).masked_scatter(present, log_p)
         added |= {"log_target": log_target, "log_z": log_z, "weights": self.keep(kept)}
         if self.model.training:
             self.look_at_proposal(rollout, scores, log_target - log_z[:, None], kept)
@@ -139,6 +153,10 @@ class FDPGTrainer(OfflineProposalMixin, SampledBase):
         metrics["skipped_prompts"] = (1 - alive, torch.ones_like(alive))
         return metrics
 
+    def policy_weights(self, scores: RolloutScores, rollout: Rollout) -> Tensor:
+        """Importance weights of the policy."""
+        return scores.mask * (scores.policy.detach() - scores.proposal).clamp(max=MAX_LOG_WEIGHT).exp()
+
     def own_state(self) -> dict[str, Any]:
         """Lambda, the partition functions and the window."""
         return super().own_state() | {
@@ -158,11 +176,29 @@ class FDPGTrainer(OfflineProposalMixin, SampledBase):
 
     def _measured(self, scores: RolloutScores) -> tuple[Tensor, Tensor]:
         """What goes into the target (P, K, F), 0 where it is missing, and which completions (P, K) have all of it."""
-        if self.args.target == "reward":
-            return scores.rewards[..., None], scores.mask
         start = self.accelerator.process_index * scores.mask.numel()
         own = self._raw_rewards[start : start + scores.mask.numel()].view(*scores.mask.shape, -1)
-        return own.nan_to_num(), scores.mask & ~own.isnan().any(dim=2)
+        features = scores.rewards[..., None] if self.args.target == "reward" else own.nan_to_num()
+        return features, scores.mask & ~own.isnan().any(dim=2)
+
+    def _log_target(self, scores: RolloutScores, features: Tensor, present: Tensor) -> tuple[Tensor, str | None]:
+        """log P (N,) of the completions that count, or what is wrong with what was measured of them."""
+        try:
+            return self.target.log_target(scores.reference[present], features[present]), None
+        except UserError as error:
+            return scores.proposal[present], str(error)
+
+    def _overflow(self, rollout: Rollout, log_ratios: Tensor, present: Tensor) -> str | None:
+        """Which prompt has a completion whose P/q is NaN or infinite, and what can be the reason."""
+        wrong = log_ratios.isnan() | (log_ratios == torch.inf)
+        if not bool(wrong.any()):
+            return None
+        row = int(present.nonzero()[wrong][0, 0])
+        prompt = self.processing_class.decode(groups_of(rollout).prompts[row], skip_special_tokens=True)
+        return (
+            f"log P - log q of a completion of {prompt[-80:]!r} is {float(log_ratios[wrong][0])}: the model's "
+            "log-probs are not finite, or the target's factor (a reward over beta, say) is too large for float32"
+        )
 
     def _wanted(self, features: Tensor) -> dict[str, Tensor]:
         """What of the features (P, K, F) is logged, as values (P, K)."""
@@ -173,12 +209,15 @@ class FDPGTrainer(OfflineProposalMixin, SampledBase):
         names = zip(self.reward_func_names, features.unbind(dim=2), strict=True)
         return {f"moment/{name}": values for name, values in names}
 
-    def _log_z(self, rollout: Rollout, log_ratios: Tensor, present: Tensor) -> Tensor:
-        """log Z (P,) with this rollout's ratios P/q in it, -inf where it is 0; evaluation leaves no trace in it."""
+    def _log_z(self, rollout: Rollout, log_ratios: Tensor, present: Tensor, fault: str | None) -> Tensor:
+        """log Z (P,) with this rollout's ratios P/q in it, -inf where it is 0; evaluation leaves no trace in it.
+
+        Raises UserError on all ranks where one has a fault.
+        """
         partition = self.partition if self.model.training else copy.deepcopy(self.partition)
         keys = [_key(ids) for ids in groups_of(rollout).prompts]
         owners = [key for key, row in zip(keys, present, strict=True) for _ in range(int(row.sum()))]
-        partition.update(owners, log_ratios)
+        partition.update(owners, log_ratios, fault)
         seen = [partition.count(key) if partition.per_context else partition.count() for key in keys]
         values = [float(partition.log_z([key])) if count else -torch.inf for key, count in zip(keys, seen, strict=True)]
         return torch.tensor(values, dtype=torch.float64)
@@ -212,6 +251,11 @@ def _given(policy: Tensor, proposal: Tensor, rollout: Rollout) -> tuple[Tensor, 
 def _key(ids: list[int]) -> str:
     """A short name of a prompt, the same in every run and on every rank."""
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
+
+
+def _number(ids: list[int]) -> int:
+    """The same as a number that a tensor can hold."""
+    return int(_key(ids), 16) - 2**63
 
 
 def _some_rows(dataset: Any, count: int, seed: int) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from llmalign.errors import UserError
 from llmalign.losses import DIVERGENCES
 from llmalign.rewards.targets import DistributionalTarget, PointwiseTarget, RewardTarget, Target
-from llmalign.trainers.configs import _positive, require
+from llmalign.trainers.configs import _positive, refuse_inherited, require
 from llmalign.trainers.sampled_configs import SampledConfig
 
 TARGETS = ("pointwise", "distributional", "reward")
@@ -20,6 +20,17 @@ _PLAIN_SAMPLING = {
     "min_p": (0, None),
     "repetition_penalty": (1,),
 }
+#: what each of these options is for; elsewhere it would be ignored
+_BELONGS = {
+    "moments": ("target", "distributional"),
+    "moment_samples": ("target", "distributional"),
+    "moment_samples_per_prompt": ("target", "distributional"),
+    "beta": ("target", "reward"),
+    "reward_weights": ("target", "reward"),
+    "baseline_window": ("baseline", "window"),
+    "proposal_update_interval": ("proposal", "offline"),
+}
+_SMALL_IS_GOOD = frozenset({"js", "tv", "kl_p_pi", "kl_pi_p", "kl_pi_base", "kl_to_reference"})
 _HARMLESS_KEYS = frozenset({"cache_implementation", "max_new_tokens", "use_cache"})
 
 
@@ -43,6 +54,9 @@ class FDPGConfig(SampledConfig):
     moment_samples: int = field(
         default=4096, metadata={"help": "distributional: completions of the base that lambda is solved on, at least."}
     )
+    moment_samples_per_prompt: int = field(
+        default=64, metadata={"help": "distributional: how many of them each prompt has, at least."}
+    )
     constraint_floor: float | None = field(
         default=None, metadata={"help": "b of a completion that fails a constraint, instead of 0; 1e-6, say."}
     )
@@ -64,15 +78,20 @@ class FDPGConfig(SampledConfig):
         default=20, metadata={"help": "offline: steps between looks whether the policy is nearer to the target."}
     )
     learning_rate: float = field(default=1.41e-5, metadata={"help": "Peak learning rate."})
+    _best = ("js", False)
 
     def __post_init__(self) -> None:
+        picks = (self.metric_for_best_model or "").removeprefix("eval_")
+        if picks in _SMALL_IS_GOOD and self.greater_is_better is None:
+            self.greater_is_better = False
         super().__post_init__()
         _known(self, "divergence", tuple(DIVERGENCES))
         _known(self, "target", TARGETS)
         _known(self, "partition", PARTITIONS)
         _known(self, "baseline", BASELINES)
         _known(self, "proposal", PROPOSALS)
-        _positive(self, "moment_samples", "baseline_window", "proposal_update_interval")
+        counts = ("moment_samples", "moment_samples_per_prompt", "baseline_window", "proposal_update_interval")
+        _positive(self, *counts)
         if self.max_z is not None:
             _positive(self, "max_z")
         self._check_target()
@@ -93,11 +112,13 @@ class FDPGConfig(SampledConfig):
         return DistributionalTarget(self.moments, self.constraint_floor)
 
     def _check_target(self) -> None:
-        wanted = {"moments": "distributional", "beta": "reward", "reward_weights": "reward"}
-        for name, target in wanted.items():
-            default = FDPGConfig.__dataclass_fields__[name].default
-            if self.target != target and getattr(self, name) != default:
-                raise UserError(f"{name} belongs to target: {target}, this run's is {self.target}; leave it out")
+        for name, (option, value) in _BELONGS.items():
+            if getattr(self, option) != value:
+                own = getattr(self, option)
+                refuse_inherited(self, {name: f"it belongs to {option}: {value}, and this run's is {own}"})
+        if self.moments is not None:
+            numbers = isinstance(self.moments, list) and all(type(moment) in (int, float) for moment in self.moments)
+            require(numbers, "moments", self.moments, "a list of numbers, one for each of reward_funcs")
         if self.target == "reward" and self.constraint_floor is not None:
             raise UserError("constraint_floor belongs to constraints, and a reward target has none; leave it out")
         steep = DIVERGENCES[self.divergence].slope_at_infinity == float("inf")
@@ -121,6 +142,11 @@ class FDPGConfig(SampledConfig):
             raise UserError(
                 f"generation_kwargs {name} is refused: it may change the distribution that completions are drawn from; "
                 f"allowed are {', '.join(sorted(_HARMLESS_KEYS))}"
+            )
+        if self.vllm_structured_outputs_regex is not None:
+            raise UserError(
+                "vllm_structured_outputs_regex constrains what is drawn, and the log-probs in the loss are those of "
+                "the model without it; make the form a constraint (target: pointwise)"
             )
         if self.proposal == "offline" and self.use_vllm:
             raise UserError("proposal: offline cannot use vLLM, which samples from the policy; use proposal: online")

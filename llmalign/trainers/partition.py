@@ -4,15 +4,14 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from llmalign.errors import UserError
+from llmalign.processes import from_all_processes, raise_first
 
-T = TypeVar("T")
 _ONLY = ""  # the key of the one partition function where contexts share it
 
 
@@ -33,18 +32,21 @@ class PartitionFunction:
         self._log_sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
-    def update(self, keys: Sequence[str] | None, log_ratios: Tensor) -> None:
+    def update(self, keys: Sequence[str] | None, log_ratios: Tensor, fault: str | None = None) -> None:
         """Take in ``log P - log q`` (N,) of samples from q, -inf allowed, with the key of each one's context.
 
-        All processes call this together, also one without samples, and before ``log_z`` is read for the same samples.
-        Raises UserError, with the key, for a ratio that is NaN or +inf.
+        All processes call this together, also one without samples or with a ``fault`` in place of them, and before
+        ``log_z`` is read for the same samples. Raises UserError on all of them where one has a fault, or a ratio that
+        is NaN or +inf.
         """
         own: dict[str, list[float]] = {}
         for key, ratio in zip(self._names(keys, len(log_ratios)), log_ratios.double().tolist(), strict=True):
             if math.isnan(ratio) or ratio == math.inf:
-                raise UserError(f"a log ratio of target to proposal is {ratio}" + (f", context {key!r}" if key else ""))
+                place = f" of context {key!r}" if key else ""
+                fault = fault or f"a log ratio of target to proposal{place} is {ratio}"
             own.setdefault(key, []).append(ratio)
-        everyone = _from_all_processes(own)
+        everyone, faults = zip(*from_all_processes((own, fault)), strict=True)
+        raise_first(list(faults))
         for key in dict.fromkeys(chain.from_iterable(everyone)):
             ratios = torch.tensor([ratio for one in everyone for ratio in one.get(key, [])], dtype=torch.float64)
             if self.max_z is not None:
@@ -115,7 +117,7 @@ class BaselineWindow:
 
     def update(self, pseudo_rewards: Tensor) -> None:
         """Take in the pseudo-rewards (N,) of a batch; all processes call this together, also one without samples."""
-        for rewards in _from_all_processes(pseudo_rewards.double().tolist()):
+        for rewards in from_all_processes(pseudo_rewards.double().tolist()):
             self._kept.extend(rewards)
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,12 +142,3 @@ def cut_to_mean(log_ratios: Tensor, limit: float) -> Tensor:
     levels = (count - before) / torch.arange(count, 0, -1, dtype=ratios.dtype)
     level = levels[int((levels <= ascending).nonzero()[0])]
     return log_ratios.clamp(max=float(level.log()) + math.log(limit))
-
-
-def _from_all_processes(own: T) -> list[T]:
-    """What every process passed, in the order of their ranks; all call it together."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [own]
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, own)
-    return everyone

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmalign.errors import UserError
+from llmalign.processes import fail_together
 from llmalign.trainers._trl import SampledBase
 from llmalign.trainers.rollouts import Rollout
 from llmalign.types import RolloutScores
@@ -134,8 +135,8 @@ class OfflineProposalMixin(SampledBase):
         if checkpoint is None or not self._offline:
             return
         file = Path(checkpoint) / _FILE
-        if not file.is_file():
-            raise UserError(f"{file.parent} holds no {_FILE}, the weights that were sampled from; resume from another")
+        missing = f"{file.parent} holds no {_FILE}, the weights that were sampled from; resume from another checkpoint"
+        fail_together(None if file.is_file() else missing)
         weights = load_file(file)
         for name, value, _ in self._parameters():
             value.data.copy_(weights[name])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from llmalign.errors import UserError
+from llmalign.processes import fail_together
 from llmalign.rewards.functions import Guarded
 from llmalign.scores.rounding import rounded_limit
 from llmalign.trainers.pair import START_TOLERANCE
@@ -80,6 +81,10 @@ class RolloutMixin(TextScores):
         """Values to log with their weights (same shape); each is logged as one mean over all ranks."""
         return {}
 
+    def policy_weights(self, scores: RolloutScores, rollout: Rollout) -> Tensor:
+        """Weights (P, K) with which means over completions are the policy's; drawn from it, all count alike."""
+        return scores.mask
+
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
         self._order = OrderByEpoch(super()._get_train_sampler(dataset))  # type: ignore[misc]
         return self._order
@@ -109,9 +114,10 @@ class RolloutMixin(TextScores):
         values = self.rollout_metrics(scores, inputs)
         count = scores.token_mask.sum(dim=2)
         self._unique_tokens = int(count.sum() + inputs["prompt_mask"].sum())
+        weights = self.policy_weights(scores, inputs).float()
         if self.needs_reference:
-            values["kl_to_reference"] = ((scores.policy - scores.reference).detach(), scores.mask.float())
-        values["entropy"] = (-scores.policy.detach() / count.clamp(min=1), scores.mask.float())
+            values["kl_to_reference"] = ((scores.policy - scores.reference).detach(), weights)
+        values["entropy"] = (-scores.policy.detach() / count.clamp(min=1), weights)
         self.note(values)
         return (losses * inputs["weights"]).sum() / inputs["weights"].numel()
 
@@ -120,12 +126,25 @@ class RolloutMixin(TextScores):
         return self._unique_tokens
 
     def refuse_failing_rewards(self, rows: int) -> None:
-        """Raise UserError, on all ranks alike, where a reward function fails on every row of several prompts."""
+        """Raise UserError, on all ranks alike, where a reward function fails on every row of several prompts.
+
+        Also what a function must not go on after (UserError, no memory left): the guard held it back until here, where
+        no rank waits for another.
+        """
         guarded = [function for function in self.reward_funcs if isinstance(function, Guarded)]
-        failed = torch.tensor([len(one.failed) for one in guarded] + [rows], device=self.accelerator.device)
-        counts = self.over_ranks(failed).tolist()
-        for function, count in zip(guarded, counts, strict=False):
-            if count == counts[-1] > self.group_size:
+        held = [one.held for one in guarded if one.held is not None]
+        own = [*(len(one.failed) for one in guarded), rows, len(held)]
+        *counts, rows, stopped = self.over_ranks(torch.tensor(own, device=self.accelerator.device)).tolist()
+        if stopped:
+            named = [str(one) if isinstance(one, UserError) else f"{type(one).__name__}: {one}" for one in held]
+            try:
+                fail_together(named[0] if named else None)
+            except UserError:
+                if held:
+                    raise held[0] from None
+                raise
+        for function, count in zip(guarded, counts, strict=True):
+            if count == rows > self.group_size:
                 raise UserError(
                     f"The reward function {function.__name__} fails on all {count} rows of a rollout; the first is "
                     f"{function.failed[0]}. Put the function right; a row that it does not apply to returns None."
@@ -136,6 +155,27 @@ class RolloutMixin(TextScores):
         token_mask = rollout["completion_mask"].bool()
         token_policy = self.token_logps(model, groups_of(rollout), token_mask.shape[2])
         return self._scores(rollout, token_policy.view(token_mask.shape))
+
+    def sampler_token_logps(self, model: nn.Module, rollout: Rollout) -> Tensor:
+        """Log-probs (P, K, T) of fresh completions under the policy; a method may read more in the same pass."""
+        return self.frozen_token_logps(model, rollout)
+
+    def frozen_token_logps(self, model: nn.Module, rollout: Rollout) -> Tensor:
+        """Log-probs (P, K, T) without gradients, as many rows at a time as a micro-batch has."""
+        width = rollout["completion_ids"].shape[2]
+        with torch.no_grad(), self.accelerator.autocast():
+            parts = [self.token_logps(model, groups, width) for groups in self.in_parts(groups_of(rollout))]
+        return torch.cat(parts).view(rollout["completion_ids"].shape)
+
+    def in_parts(self, groups: PromptGroups) -> list[PromptGroups]:
+        """Prompts, as many at a time as a micro-batch has."""
+        mode_rows = (
+            self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        )
+        at_a_time = max(mode_rows // self.group_size, 1)
+        return [
+            groups.take(range(start, min(start + at_a_time, len(groups)))) for start in range(0, len(groups), at_a_time)
+        ]
 
     def _scores(self, rollout: Rollout, token_policy: Tensor) -> RolloutScores:
         token_mask = rollout["completion_mask"].bool()
@@ -259,10 +299,11 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote; nothing but tensors and plain values is unpickled."""
-    if not path.is_file():
-        raise UserError(
-            f"{path.parent} holds no {path.name}, the state of its rollout, so the run cannot go on where it was; "
-            "resume from another checkpoint, with as many processes as wrote it."
-        )
+    """Read what `save_state` wrote; nothing but tensors and plain values is unpickled. All processes call it together.
+
+    Raises UserError on all of them where one finds no file.
+    """
+    missing = f"{path.parent} holds no {path.name}, the state of its rollout, so the run cannot go on where it was"
+    way_out = "resume from another checkpoint, with as many processes as wrote it."
+    fail_together(None if path.is_file() else f"{missing}; {way_out}")
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,69 @@ for method in methods:
             json.dump([entry for entry in trainer.state.log_history if "loss" in entry], file)
 end_processes(together=True)
 """
+
+
+FAULTS = """
+import os, sys
+from pathlib import Path
+from llmalign.errors import UserError
+from llmalign.processes import load_group_users
+from tests.trainers import sampled_runs
+
+def half(prompts, **columns):
+    return [0.5 if rank == 1 else 1.0 for _ in prompts]
+
+def refuses(prompts, **columns):
+    if rank == 1:
+        raise UserError("there is no sandbox here")
+    return [1.0 for _ in prompts]
+
+def hungry(prompts, **columns):
+    if rank == 1:
+        raise MemoryError("no more")
+    return [1.0 for _ in prompts]
+
+load_group_users()
+rank, folder = int(os.environ["RANK"]), sys.argv[1]
+constraint = {"target": "pointwise", "beta": 0.1, "baseline": "auto"}
+whole = sampled_runs.build("mdpo", folder, max_steps=1, save_strategy="steps", save_steps=1, record=True)
+whole.train()
+checkpoint = Path(folder) / "checkpoint-1"
+if rank == 1:
+    (checkpoint / "rollout_1.pt").unlink()
+whole.accelerator.wait_for_everyone()
+for name, run in {
+    "constraint": lambda: sampled_runs.build("fdpg", folder, reward=half, **constraint).train(),
+    "refused": lambda: sampled_runs.build("mdpo", folder, reward=refuses).train(),
+    "memory": lambda: sampled_runs.build("copg", folder, reward=hungry).train(),
+    "rollout": lambda: sampled_runs.build("mdpo", folder, max_steps=2).train(str(checkpoint)),
+}.items():
+    try:
+        run()
+    except (UserError, MemoryError) as error:
+        print(f"<{name} {rank} {type(error).__name__}: {error}>", flush=True)
+"""
+
+
+def test_what_one_process_cannot_go_on_after_stops_all_of_them(tmp_path: Path) -> None:
+    """None is left waiting: every process of the same run comes to the end of all four."""
+    (tmp_path / "script.py").write_text(FAULTS)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(tmp_path / "script.py"), str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, cwd=root, check=False, timeout=300,
+    )  # fmt: skip
+    said = {
+        "constraint": ["UserError: process 1: .*a constraint is 0 or 1"] * 2,
+        "refused": ("UserError: process 1: there is no sandbox", "UserError: there is no sandbox here"),
+        "memory": ("UserError: process 1: MemoryError: no more", "MemoryError: no more"),
+        "rollout": ["UserError: process 1: .*holds no rollout_1.pt"] * 2,
+    }
+    for name, words in said.items():
+        for rank, expected in enumerate(words):
+            assert re.search(f"<{name} {rank} {expected}", done.stdout), (name, rank, done.stdout, done.stderr[-2000:])
 
 
 @pytest.fixture(scope="module")

@@ -209,6 +209,21 @@ def test_a_lack_of_memory_is_passed_on(error):
         call(guard(hungry), ["a", "b"])
 
 
+@pytest.mark.parametrize("error", [MemoryError("no more"), UserError("there is no sandbox here")])
+def test_what_would_be_passed_on_can_be_held_back(error):
+    def stops(completions, **rest):
+        if "b" in completions:
+            raise error
+        return [1.0] * len(completions)
+
+    guarded = guard(stops)
+    guarded.hold_back()
+    same(call(guarded, ["a", "b"]), [math.nan, math.nan])
+    assert guarded.held is error and not guarded.failed
+    guarded.hold_back()
+    assert call(guarded, ["a"]) == [1.0] and guarded.held is None
+
+
 def test_rows_that_do_not_apply_are_no_failures():
     assert call(guard(lambda completions, **rest: [None, None]), ["a", "b"]) == [None, None]
 

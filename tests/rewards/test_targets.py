@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmalign.errors import UserError
-from llmalign.rewards.targets import DistributionalTarget, PointwiseTarget, RewardTarget, Target, tilted_moments
+from llmalign.rewards.targets import DistributionalTarget, PointwiseTarget, RewardTarget, Samples, Target
 
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "on-policy-losses.json").read_text())["fdpg"]
 SPACE, TARGETS = RECORDED["space"], RECORDED["targets"]
@@ -71,14 +71,14 @@ def test_gradient_steps_on_samples_against_the_recorded_numbers():
     features = tensor(SPACE["features"])[recorded["sample_indices_from_a"]]
     wanted, lambdas = tensor(recorded["moments"]), torch.zeros(2, dtype=torch.float64)
     for expected in recorded["lambda_after_each_step"]:
-        means, _, _ = tilted_moments(features, torch.zeros(len(features), dtype=torch.float64), lambdas)
+        means, _, _ = Samples(features, torch.zeros(len(features), dtype=torch.float64)).tilted(lambdas)
         lambdas = lambdas - recorded["lr"] * (means - wanted)
         close(lambdas, expected)
     # Newton's method ends where that descent would.
     target = DistributionalTarget(recorded["moments"])
     target.fit(features)
     for _ in range(20000):
-        means, _, _ = tilted_moments(features, torch.zeros(len(features), dtype=torch.float64), lambdas)
+        means, _, _ = Samples(features, torch.zeros(len(features), dtype=torch.float64)).tilted(lambdas)
         lambdas = lambdas - recorded["lr"] * (means - wanted)
     torch.testing.assert_close(tensor(target.lambdas), lambdas, rtol=1e-6, atol=1e-8)
 
@@ -87,10 +87,14 @@ def test_the_covariance_is_the_derivative_of_the_moments():
     generator = torch.Generator().manual_seed(0)
     features, weights = (torch.randn(8, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     at = tensor([0.3, -0.2, 0.5])
-    means, covariance, effective = tilted_moments(features, weights[:, 0], at)
-    jacobian = torch.autograd.functional.jacobian(lambda lam: tilted_moments(features, weights[:, 0], lam)[0], at)
-    torch.testing.assert_close(covariance, jacobian, rtol=1e-9, atol=1e-12)
-    assert 1 < effective < 8
+    for contexts in (None, torch.tensor([5, 5, 7, 7, 7, 5, 9, 9])):
+        samples = Samples(features, weights[:, 0], contexts)
+        means, covariance, effective = samples.tilted(at)
+        jacobian = torch.autograd.functional.jacobian(lambda lam, of=samples: of.tilted(lam)[0], at)
+        torch.testing.assert_close(covariance, jacobian, rtol=1e-9, atol=1e-12)
+        slope = torch.autograd.functional.jacobian(lambda lam, of=samples: of.dual(lam, torch.zeros(3).double()), at)
+        torch.testing.assert_close(slope, means, rtol=1e-9, atol=1e-12)
+        assert 1 < effective < 8
 
 
 @pytest.mark.parametrize("moments", [[0.5, 0.5], [0.9, 0.05], [0.02, 0.97]])
@@ -104,6 +108,27 @@ def test_moments_of_rare_features_are_reached(moments):
     weights = target.log_target(torch.zeros(4000, dtype=torch.float64), features).softmax(0)
     torch.testing.assert_close(weights @ features.double(), tensor(moments), rtol=0, atol=1e-8)
     assert 1 < report.effective < 4000
+
+
+def test_every_prompt_counts_alike_however_likely_it_makes_the_feature():
+    """Two prompts, exactly, with shares .002 and .979: pooled, the second would outweigh the first by far."""
+    shares = [0.002, 0.979]
+    features = tensor([1.0, 0.0, 1.0, 0.0])
+    weights = tensor([part for share in shares for part in (share, 1 - share)]).log()
+    target = DistributionalTarget([0.7])
+    report = target.fit(features, weights, torch.tensor([3, 3, 8, 8]))
+    odds = [share / (1 - share) * math.exp(target.lambdas[0]) for share in shares]
+    assert sum(odd / (1 + odd) for odd in odds) / 2 == pytest.approx(0.7, abs=1e-9)
+    assert report.contexts == 2 and "2 prompts" in report.text()
+    with pytest.raises(UserError, match=r"of 2 prompts its mean can lie in \[0.5, 1\]"):
+        DistributionalTarget([0.3]).fit(tensor([1.0, 0.0, 1.0, 1.0]), None, torch.tensor([0, 0, 1, 1]))
+
+
+def test_a_prompt_without_a_possible_sample_is_left_out():
+    features = tensor([[1, 1], [1, 0], [0, 1], [0, 0]])
+    target = DistributionalTarget([1.0, 0.3])
+    report = target.fit(features, None, torch.tensor([0, 0, 1, 1]))
+    assert target.lambdas == pytest.approx([INF, math.log(0.3 / 0.7)]) and report.contexts == 1
 
 
 def test_samples_of_another_distribution_are_weighted():
@@ -235,7 +260,7 @@ def test_bad_input_is_named(call, sentence):
     ("moments", "features", "sentence"),
     [
         # Never seen, so no weighting of the samples shows it.
-        ([0.5], [[0.0]] * 5, r"moment 0.5 of feature 0 cannot be reached: on 5 samples the feature lies in \[0, 0\]"),
+        ([0.5], [[0.0]] * 5, r"moment 0.5 of feature 0 cannot be reached: on 5 samples its mean can lie in \[0, 0\]"),
         ([0.5, 1.4], [[0.0, 0.0], [1.0, 1.0]], "moment 1.4 of feature 1 cannot be reached"),
         ([1.0], [[0.0]] * 5, "no sample of 5 has feature 0 = 1: the target would be empty"),
         ([1.0, 0.0], [[1.0, 1.0], [0.0, 0.0]], "no sample of 2 has feature 0 = 1, feature 1 = 0"),

@@ -255,15 +255,14 @@ def test_lambda_counts_completions_of_another_model_by_their_weights(tmp_path):
 
 def test_prompts_without_a_satisfying_completion_are_skipped(tmp_path):
     def by_prompt(prompts, completions, **columns):
-        return [float(prompt.startswith("q0") or prompt.startswith("q3")) for prompt in prompts]
+        return [float(prompt.startswith("q6")) for prompt in prompts]
 
     trainer = runs.build("fdpg", tmp_path, reward=by_prompt, target="pointwise", beta=0.1, baseline="auto")
     batch = runs.rollout(trainer)
-    alive = torch.tensor([trainer.processing_class.decode(ids)[-5:-3] in ("q0", "q3") for ids in batch["prompt_ids"]])
-    count = int(alive.sum())
+    alive = torch.tensor([trainer.processing_class.decode(ids)[-5:-3] == "q6" for ids in batch["prompt_ids"]])
+    assert 0 < int(alive.sum()) < len(alive)
     assert torch.equal(batch["weights"] > 0, alive[:, None].expand(-1, 4))
-    if count:
-        assert batch["weights"].mean() == pytest.approx(1.0)
+    assert batch["weights"].mean() == pytest.approx(1.0)
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     assert math.isfinite(loss.item())
@@ -282,6 +281,83 @@ def test_a_completion_without_all_features_is_left_out(tmp_path):
     assert batch["weights"][0, 0] == 0 and batch["weights"].mean() == pytest.approx(1.0)
     possible = [i for i, own in enumerate(SPACE) if WANTED in own]
     assert (~batch["log_target"][0, 1:].isneginf()).nonzero().squeeze(1).add(1).tolist() == possible
+
+
+def test_a_reward_target_needs_all_rewards_too_and_its_metrics_stay_finite(tmp_path):
+    """Rewards this low have a log Z far below where its exponential is 0."""
+
+    def low(prompts, completions, completion_ids, **columns):
+        return [-100.0 - len(ids) for ids in completion_ids]
+
+    def sometimes(prompts, completions, completion_ids, **columns):
+        return [None if len(ids) == 1 else 0.0 for ids in completion_ids]
+
+    trainer = small_trainer(tmp_path, reward=[low, sometimes], target="reward", beta=0.1)
+    batch = runs.rollout(trainer)
+    assert batch["mask"][0].tolist() == [len(own) == 2 for own in SPACE] and batch["log_z"][0] < -900
+    metrics = trainer.rollout_metrics(trainer.rollout_scores(trainer.model, batch), batch)
+    assert all(math.isfinite(float((value * weight).sum())) for value, weight in metrics.values())
+
+
+def test_the_divergence_from_the_reference_is_the_policy_s_whoever_sampled(tmp_path):
+    trainer = small_trainer(tmp_path, target="reward", beta=1.0)
+    trainer.start_may_differ = "the test moves the policy"
+    batch = runs.rollout(trainer)
+    with torch.no_grad():
+        base = all_logps(trainer.model).double()
+        for weight in trainer.model.parameters():
+            weight.mul_(1.3)
+        policy = all_logps(trainer.model).double()
+    trainer.compute_loss(trainer.model, batch)
+    total, weight = trainer._noted["train"]["kl_to_reference"]
+    # Every completion stands there once instead of as often as the base draws it.
+    own = (policy - base).exp()
+    assert total / weight == pytest.approx(float((own * (policy - base)).sum() / own.sum()), rel=1e-4)
+
+
+def test_moments_are_means_over_prompts(tmp_path):
+    """Two prompts, of which one begins with the wanted feature nearly always and the other nearly never."""
+
+    def by_prompt(prompts, completions, completion_ids, **columns):
+        liked = {"w2 w3": {2}, "w4 w5": {0, 2, 3, 4, 5}}
+        return [float(ids[0] in liked[prompt]) for prompt, ids in zip(prompts, completion_ids, strict=True)]
+
+    args = FDPGConfig(
+        output_dir=str(tmp_path), use_cpu=True, target="distributional", moments=[0.7], moment_samples=8000,
+        moment_samples_per_prompt=1000, num_generations=100, per_device_train_batch_size=200, max_completion_length=2,
+        scoring="padded", save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = FDPGTrainer(
+        small_model(), by_prompt, args, processing_class=small_tokenizer(),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in ("w2 w3", "w4 w5")]),
+    )  # fmt: skip
+    runs.rollout(trainer)
+    assert trainer.moment_report.contexts == 2 and trainer.moment_report.samples == 8000
+    model, means = small_model(), []
+    for prompt, liked in (([2, 3], {2}), ([4, 5], {0, 2, 3, 4, 5})):
+        logps = torch.stack([runs.independent_logps(model, prompt, own).sum() for own in SPACE])
+        features = torch.tensor([float(own[0] in liked) for own in SPACE]).double()
+        means.append(float((torch.softmax(logps + trainer.target.lambdas[0] * features, 0) * features).sum()))
+    assert abs(means[0] - means[1]) > 0.1 and sum(means) / 2 == pytest.approx(0.7, abs=0.03)
+
+
+def test_what_the_target_cannot_hold_is_named_with_its_prompt(tmp_path):
+    def huge(prompts, completions, **columns):
+        return [1e38] * len(prompts)
+
+    with pytest.raises(UserError, match="a completion of 'w2 w3' is inf.*a reward over beta"):
+        runs.rollout(small_trainer(tmp_path, reward=huge, target="reward", beta=0.05))
+
+
+@pytest.mark.parametrize(
+    ("named", "picks"), [(None, ("js", False)), ("kl_p_pi", ("kl_p_pi", False)), ("reward", ("reward", True))]
+)
+def test_the_best_checkpoint_is_the_nearest(named, picks, tmp_path):
+    args = FDPGConfig(
+        output_dir=str(tmp_path), use_cpu=True, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1,
+        metric_for_best_model=named, **(runs.COMMON | {"save_strategy": "steps", "save_steps": 1}),
+    )  # fmt: skip
+    assert (args.metric_for_best_model, args.greater_is_better) == picks
 
 
 def test_evaluation_leaves_the_running_estimates_alone(tmp_path):
@@ -355,10 +431,16 @@ def test_offline_resumes_to_the_same_weights(peft, tmp_path):
         ({"divergence": "chi2_reverse", "target": "distributional", "moments": [1.0]}, "chi2_reverse is infinite"),
         ({"divergence": "kl"}, "divergence must be one of forward_kl"),
         ({"target": "distributional"}, "needs moments"),
-        ({"moments": [0.5]}, "moments belongs to target: distributional"),
-        ({"beta": 0.5}, "beta belongs to target: reward"),
+        ({"moments": [0.5]}, "moments=.* belongs to target: distributional"),
+        ({"target": "distributional", "moments": 0.5}, "moments must be a list of numbers"),
+        ({"target": "distributional", "moments": ["a"]}, "moments must be a list of numbers"),
+        ({"moment_samples": 8}, "moment_samples=8 .* belongs to target: distributional"),
+        ({"baseline_window": 8}, "baseline_window=8 .* belongs to baseline: window"),
+        ({"proposal_update_interval": 8}, "proposal_update_interval=8 .* belongs to proposal: offline"),
+        ({"vllm_structured_outputs_regex": "a*"}, "vllm_structured_outputs_regex constrains what is drawn"),
+        ({"beta": 0.5}, "beta=0.5 .* belongs to target: reward"),
         ({"target": "reward", "constraint_floor": 1e-6}, "constraint_floor belongs to constraints"),
-        ({"reward_weights": [2.0]}, "reward_weights belongs to target: reward"),
+        ({"reward_weights": [2.0]}, "reward_weights=.* belongs to target: reward"),
         ({"constraint_floor": 2.0}, "floor must lie between"),
         ({"baseline": "one"}, "baseline: one"),
         ({"baseline": "mean"}, "baseline must be one of"),

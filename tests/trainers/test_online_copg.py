@@ -48,6 +48,21 @@ def test_loss_and_gradient_are_the_grouped_loss_of_each_completion_alone(tmp_pat
         assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_means_of_the_policy_leave_out_what_is_replayed_and_what_has_no_score(tmp_path):
+    trainer = runs.build("copg-replay", tmp_path, max_steps=2)
+    trainer.train()
+    batch = trainer._buffered_inputs[0]
+    scores = trainer.rollout_scores(trainer.model, batch)
+    fresh = batch["fresh"].bool()
+    assert 0 < fresh.sum() < len(fresh)
+    weights = trainer.policy_weights(scores, batch)
+    assert torch.equal(weights.any(dim=1), fresh) and not torch.equal(weights, scores.mask)
+    batch["mask"] = batch["mask"].clone()
+    batch["mask"][0] = False
+    metrics = trainer.rollout_metrics(trainer.rollout_scores(trainer.model, batch), batch)
+    assert all(metrics[name][1][0] == 0 for name in ("drift/chosen", "drift/mean", "residual"))
+
+
 def test_replayed_prompts_are_earlier_ones_with_the_scores_they_had(tmp_path):
     trainer = runs.build("copg-replay", tmp_path, max_steps=3)
     seen = []
