@@ -62,11 +62,13 @@ def prepare(recipe: Recipe, tokenizer: Any, config: Any, eos_ids: list[int]) -> 
     """
     sources = {"train": recipe.data.train_sources(), **recipe.data.eval_sources()}
     make = PREPARATIONS[recipe.method.kind]
+    template = {"chat_template_kwargs": config.chat_template_kwargs} if recipe.method.kind == "prompts" else {}
     reports: dict[str, Report] = {}
     ready: dict[str, AnyDataset] = {}
     for name, found in sources.items():
         raw = _load(recipe, config, name, found)
-        rows = make(raw, tokenizer, max_length=config.max_length, num_proc=config.dataset_num_proc, name=name)
+        options = {"max_length": config.max_length, "num_proc": config.dataset_num_proc, "name": name, **template}
+        rows = make(raw, tokenizer, **options)
         reports[name] = examine(
             raw,
             rows,

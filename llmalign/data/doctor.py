@@ -30,7 +30,7 @@ TOKENS = {
 }
 NOT_IN = {
     "text": ("identical", "empty_prompt", "not_prefix"),
-    "prompts": ("identical", "empty", "truncated", "missing_eos", "doubled_eos"),
+    "prompts": ("identical", "empty", "truncated", "missing_eos", "doubled_eos", "not_prefix"),
 }
 RESPONSES = {
     "pairs": ("chosen", "rejected"), "groups": ("completions",), "prompts": (),
@@ -143,7 +143,10 @@ class _Check:
             if self.kind != "prompts":
                 self._check_ends(row_ids, [part for name, part in ragged.items() if name != "prompt"])
             if text:
-                self._check_prompts(row_ids, table.column("prompt").to_pylist(), ragged["prompt"])
+                prompts = table.column("prompt").to_pylist()
+                self._count_repeated(prompts)
+                if self.kind != "prompts":
+                    self._check_prompts(row_ids, prompts, ragged["prompt"])
 
     def _measure(self, row_ids: np.ndarray, parts: dict[str, Ragged]) -> None:
         longest = np.zeros(len(row_ids), dtype=np.int64)
@@ -197,6 +200,8 @@ class _Check:
             expected = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         changed = [not np.array_equal(ids, tokens.sequence(index)) for index, ids in enumerate(expected)]
         self.add("not_prefix", row_ids[np.array(changed)])
+
+    def _count_repeated(self, prompts: list[Any]) -> None:
         for prompt in prompts:
             key = hash(_frozen(prompt))
             self.repeated_prompts += key in self._prompts

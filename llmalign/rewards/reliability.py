@@ -266,18 +266,19 @@ def _describe(name: str, fit: _Fit, base: _Fit) -> Strategy:
 
 
 def _recommend(found: list[Strategy]) -> tuple[str, str]:
-    """The strategy of the highest R^2, or `none` where no filter is clearly better than keeping everything."""
+    """Of the filters clearly better than keeping everything that of the highest R^2; `none` where there is none."""
     good = [one for one in found if np.isfinite(one.r2.value) and one.slope > 0]
     if not good:
         return KEEPS_ALL, (
             "none: under no strategy does the score rise with the reward, so a filter has nothing to go by; put the "
             "reward right before training on it."
         )
-    best = max(good, key=lambda one: one.r2.value)
+    clearly = [one for one in good if one.gain.low > 0]
+    best = max(clearly or good, key=lambda one: one.r2.value)
     if best.name == KEEPS_ALL:
         return KEEPS_ALL, f"none: no filter has a higher R^2 than keeping everything ({best.r2})."
     gain = f"R^2 {best.r2}, {best.gain} above that of keeping everything"
-    if not best.gain.low > 0:
+    if not clearly:
         return KEEPS_ALL, (
             f"none: {best.name} is the best filter ({gain}), but that may be chance, and a filter throws completions "
             "away; score more prompts to tell."

@@ -26,11 +26,17 @@ from llmalign.trainers.alarms import AlarmCallback
 from llmalign.trainers.baselines import NamedEvaluations
 from llmalign.trainers.batching import MicroBatchMixin
 from llmalign.trainers.checkpoint import SafeCheckpointMixin
-from llmalign.trainers.loading import load_tokenizer, refuse_vision
+from llmalign.trainers.loading import refuse_vision, text_tokenizer
 from llmalign.trainers.pair import PairTrainerMixin
 from llmalign.trainers.references import References
-from llmalign.trainers.rollouts import Rollout, RolloutMixin, groups_of, load_state, save_state
-from llmalign.trainers.startup import best_of_first_set, brings_references, check_sampling, refuse_adapter_dropout
+from llmalign.trainers.rollouts import Rollout, RolloutMixin, load_state, save_state
+from llmalign.trainers.startup import (
+    best_of_first_set,
+    brings_references,
+    check_sampling,
+    refuse_adapter_dropout,
+    refuse_short_data,
+)
 from llmalign.trainers.text_scores import TextScores
 from llmalign.types import PairScores, PromptGroups
 
@@ -152,12 +158,7 @@ class PairBase(
             raise UserError(f"{type(self).__name__} needs its config as `args`")
         if kwargs.pop("compute_metrics", None) is not None:
             raise UserError("compute_metrics would need full logits, which are never built; use the logged metrics")
-        tokenizer = kwargs.get("processing_class")
-        if tokenizer is None:
-            tokenizer = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise UserError("vision-language models are not supported: pass a text model and its tokenizer")
-        kwargs["processing_class"] = tokenizer
+        tokenizer = kwargs["processing_class"] = text_tokenizer(kwargs.get("processing_class"), model)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = self.collator(max_length=args.max_length)
         refuse_adapter_dropout(kwargs.get("peft_config"))
@@ -174,8 +175,10 @@ class PairBase(
             if kwargs.get("peft_config") is None:
                 ref_model = copy.deepcopy(model)  # built in memory: there is no path to load the reference from
         wanted, args.precompute_ref_log_probs = args.precompute_ref_log_probs, True  # so that TRL loads no reference
-        super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
-        args.precompute_ref_log_probs = wanted
+        try:
+            super().__init__(model=model, ref_model=ref_model, args=args, **kwargs)
+        finally:
+            args.precompute_ref_log_probs = wanted  # the caller's own
         refuse_vision(self.model.config)
         if self.aux_loss_enabled:
             raise UserError(
@@ -238,13 +241,9 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMi
     _raw_rewards: Tensor
 
     def __init__(self, model: Any, reward_funcs: Any, args: Any, *, ref_model: Any = None, **kwargs: Any) -> None:
-        tokenizer = kwargs.get("processing_class")
-        if tokenizer is None:
-            tokenizer = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise UserError("vision-language models are not supported: pass a text model and its tokenizer")
-        kwargs["processing_class"] = tokenizer
+        tokenizer = kwargs["processing_class"] = text_tokenizer(kwargs.get("processing_class"), model)
         refuse_adapter_dropout(kwargs.get("peft_config"))
+        refuse_short_data(args, kwargs.get("train_dataset"))
         given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         reward_funcs = [one if isinstance(one, (str, nn.Module)) else guard(one) for one in given]
         best_of_first_set(args, kwargs.get("eval_dataset"))
@@ -255,8 +254,10 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMi
             if kwargs.get("peft_config") is None:
                 ref_model = copy.deepcopy(model)  # built in memory: there is no path to load the reference from
         wanted, args.beta = args.beta, 0.0  # so that TRL loads no reference and mixes no divergence into the rewards
-        super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
-        args.beta = wanted
+        try:
+            super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
+        finally:
+            args.beta = wanted  # the caller's own, who may mend what was refused and use it again
         refuse_vision(self.model.config)
         if self.aux_loss_enabled:
             raise UserError(
@@ -288,7 +289,19 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMi
             self._scored = torch.zeros(ids["completion_ids"].shape, device=input_ids.device)
         return self._scored.flatten(0, 1), None, None
 
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any) -> list[list[int]]:
+        at_a_time = self.args.sampling_batch_size
+        if at_a_time is None or self.use_vllm:
+            return super()._generate_single_turn(prompt_ids, *args)
+        completions = []
+        for start in range(0, len(prompt_ids), at_a_time):
+            completions += super()._generate_single_turn(prompt_ids[start : start + at_a_time], *args)
+        return completions
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        for one in self.reward_funcs:
+            if isinstance(one, Guarded):
+                one.hold_back()
         self._raw_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.refuse_failing_rewards(len(prompts))
         return self._raw_rewards
@@ -327,27 +340,6 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMi
     def group_size(self) -> int:
         """Completions of a prompt, K."""
         return self.num_generations if self.model.training else self.num_generations_eval
-
-    def sampler_token_logps(self, model: nn.Module, rollout: Rollout) -> Tensor:
-        """Log-probs (P, K, T) of fresh completions under the policy; a method may read more in the same pass."""
-        return self.frozen_token_logps(model, rollout)
-
-    def frozen_token_logps(self, model: nn.Module, rollout: Rollout) -> Tensor:
-        """Log-probs (P, K, T) without gradients, as many rows at a time as a micro-batch has."""
-        width = rollout["completion_ids"].shape[2]
-        with torch.no_grad(), self.accelerator.autocast():
-            parts = [self.token_logps(model, groups, width) for groups in self.in_parts(groups_of(rollout))]
-        return torch.cat(parts).view(rollout["completion_ids"].shape)
-
-    def in_parts(self, groups: PromptGroups) -> list[PromptGroups]:
-        """Prompts, as many at a time as a micro-batch has."""
-        mode_rows = (
-            self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
-        )
-        at_a_time = max(mode_rows // self.group_size, 1)
-        return [
-            groups.take(range(start, min(start + at_a_time, len(groups)))) for start in range(0, len(groups), at_a_time)
-        ]
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -59,8 +59,9 @@ class ClassifierValues(nn.Module):
     def forward(self, *, scored: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
         """Values (S,) at the positions `scored` of the flattened hidden states, float32."""
         hidden = self.classifier.base_model(**inputs, use_cache=False).last_hidden_state
-        raw = self.classifier.score(hidden.flatten(0, 1).index_select(0, scored)).squeeze(-1)
-        return (raw.float() - self.mean) / self.std
+        with torch.autocast(hidden.device.type, enabled=False):  # as in ValueHead
+            raw = self.classifier.score(hidden.flatten(0, 1).index_select(0, scored).float()).squeeze(-1)
+        return (raw - self.mean) / self.std
 
 
 class Critic:
@@ -144,6 +145,8 @@ class ModelCritic(TextScores, Critic):
             for part in classifier.modules():
                 if isinstance(part, nn.Dropout):
                     part.p = 0.0
+                if "attention_dropout" in vars(part):  # attention kernels take it as a number
+                    part.attention_dropout = 0.0
             classifier.train().activation_checkpointing_enable()  # which works in training mode alone
         self.module = ClassifierValues(classifier, normalize=normalize)
         self.wrapped = accelerator.prepare_model(self.module)
@@ -173,8 +176,8 @@ class CriticGradients(TrainerCallback):
         self._critic.module.zero_grad()
 
 
-def starting_point(given: Any, args: Any, reward_funcs: Iterable[Any], tokenizer: Any, dtype: torch.dtype) -> Any:
-    """A copy, in the policy's dtype, of the reward model that a critic starts from.
+def starting_point(given: Any, args: Any, reward_funcs: Iterable[Any], tokenizer: Any) -> Any:
+    """A copy of the reward model that a critic starts from, in float32, as all weights that are trained themselves.
 
     `given` is a classifier, a path or a Hub name; else it is `critic_model_name_or_path`, else the first reward model
     among the functions. Raises UserError where there is none, where its head is not the usual one, and where it does
@@ -191,7 +194,9 @@ def starting_point(given: Any, args: Any, reward_funcs: Iterable[Any], tokenizer
             )
         classifier, own_tokenizer = copy.deepcopy(models[0].model), models[0].tokenizer
     elif isinstance(source, str):
-        classifier, own_tokenizer = load_classifier(source, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        classifier, own_tokenizer = load_classifier(
+            source, dtype=torch.float32, trust_remote_code=args.trust_remote_code
+        )
     else:
         classifier = copy.deepcopy(source)
     if classifier.config.num_labels != 1:
@@ -207,7 +212,7 @@ def starting_point(given: Any, args: Any, reward_funcs: Iterable[Any], tokenizer
             "the critic's reward model has another vocabulary than the policy, whose tokens it would have to read; "
             "name one with the policy's tokenizer (critic_model_name_or_path), or set critic: head"
         )
-    return classifier.to(dtype)
+    return classifier.float()
 
 
 def unguarded(function: Any) -> Any:

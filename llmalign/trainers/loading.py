@@ -16,10 +16,20 @@ logger = logging.getLogger(__name__)
 
 __all__ = [
     "ModelConfig", "check_model_options", "choose_dtype", "load_tokenizer", "model_arguments", "refuse_vision",
-    "require_chat_template",
+    "require_chat_template", "text_tokenizer",
 ]  # fmt: skip
 
 _ADAPTER_FILE = "adapter_config.json"
+
+
+def text_tokenizer(given: Any, model: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that was given, else that of the model, which may be a path. Raises UserError for a processor."""
+    tokenizer = given
+    if tokenizer is None:
+        tokenizer = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError("vision-language models are not supported: pass a text model and its tokenizer")
+    return tokenizer
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -59,7 +59,7 @@ class PFPPOTrainer(SampledBase):
         else:
             models = [one for one in map(unguarded, self.reward_funcs) if isinstance(one, ModelReward)]
             self.critic = ModelCritic(
-                starting_point(critic_model, args, self.reward_funcs, self.processing_class, self.model.dtype),
+                starting_point(critic_model, args, self.reward_funcs, self.processing_class),
                 args=args,
                 accelerator=self.accelerator,
                 pad_token_id=self.processing_class.pad_token_id,
@@ -180,11 +180,12 @@ class PFPPOTrainer(SampledBase):
             digest = hashlib.sha256(repr((args.seed, prompt, completions)).encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
             rewards, mask = scores.rewards[row : row + 1], usable[row : row + 1]
+            strategy = args.strategy if rewards.shape[1] > 1 else "none"  # one alone, as evaluation may have it
             if args.selection == RESAMPLE:
                 draws = args.draws or rewards.shape[1]
-                drawn.append(losses.resample(rewards, args.strategy, draws, generator, power=args.power, mask=mask))
+                drawn.append(losses.resample(rewards, strategy, draws, generator, power=args.power, mask=mask))
             else:
-                drawn.append(losses.select(rewards, args.strategy, generator, power=args.power, mask=mask).long())
+                drawn.append(losses.select(rewards, strategy, generator, power=args.power, mask=mask).long())
         return torch.cat(drawn)
 
     def _gae(self, scores: RolloutScores, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,10 +259,10 @@ class PFPPOTrainer(SampledBase):
             "ratio": (ratio, weight),
             "kl_to_sampler": (ratio - 1 - log_ratio, weight),
             "clip_fraction": (((ratio - 1).abs() > self.args.clip).float(), weight),
-            "kl_per_token": (
-                torch.where(kept, (scores.token_policy - scores.token_reference).detach().flatten(0, 1), 0.0), weight,
-            ),
-        }  # fmt: skip
+        }
+        if self.needs_reference:
+            apart = (scores.token_policy - scores.token_reference).detach().flatten(0, 1)
+            found["kl_per_token"] = (torch.where(kept, apart, 0.0), weight)
         if self.critic is not None:
             values = self._values.detach()
             moved = (values - rollout["values"]).flatten(0, 1).abs()

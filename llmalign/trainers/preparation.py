@@ -96,17 +96,19 @@ def prepare_prompts(
     max_length: int | None,
     num_proc: int | None = None,
     name: str = "train",
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> AnyDataset:
     """Prepare rows of prompts to sample from: adds `row_id` and `prompt_ids`, and drops longer ones than `max_length`.
 
-    Rows already prepared come back as they are. Raises UserError for conversational rows without a chat template.
+    `chat_template_kwargs` are those that the trainer gives the chat template. Rows already prepared come back as they are. Raises UserError for conversational rows without a chat template.
     """
     if has_columns(dataset, "row_id", "prompt_ids"):
         return dataset
     require_chat_template(tokenizer, next(iter(dataset)))
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
-        options = {"add_generation_prompt": True} if isinstance(row["prompt"], list) else {}
+        conversational = isinstance(row["prompt"], list)
+        options = {"add_generation_prompt": True, **(chat_template_kwargs or {})} if conversational else {}
         return {"prompt_ids": token_ids(tokenizer, row["prompt"], **options)}
 
     numbered = _with_row_ids(dataset, num_proc)

@@ -49,6 +49,9 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Another reference than the model that training starts from."}
     )
+    sampling_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions that a device samples at a time, without vLLM; open: a rollout's."}
+    )
     scoring: str = field(
         default=AUTO, metadata={"help": "auto, shared_prompt (prompts read once), padding_free or padded."}
     )
@@ -59,9 +62,12 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
         default=8, metadata={"help": "Completions a device; open: 8, or the nearest number of whole groups."}
     )
     metric_for_best_model: str | None = field(
-        default=None, metadata={"help": "What picks the best checkpoint; open: reward, the highest."}
+        default=None, metadata={"help": "What picks the best checkpoint; open: the highest reward (f-DPG: lowest js)."}
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+
+    #: what picks the best checkpoint where nothing else is named, and whether more of it is better
+    _best = ("reward", True)
 
     def __post_init__(self) -> None:
         refuse_inherited(self, {**_NOT_HONOURED, **self._unused()})
@@ -79,8 +85,9 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
         require(self.beta >= 0 and math.isfinite(self.beta), "beta", self.beta, "zero or a positive finite number")
         self._check_passes()
         self._best_by_reward()
-        if self.max_prompt_length is not None:
-            _positive(self, "max_prompt_length")
+        for name in ("max_prompt_length", "sampling_batch_size"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
         self._check_sampling()
         if self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1:
             self.choices += ", log-probs of the distribution before top_p, top_k, min_p and repetition_penalty"
@@ -135,10 +142,11 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
         if not self.load_best_model_at_end and self.save_strategy != "best":
             return
         if self.metric_for_best_model in (None, "loss"):  # transformers' default
-            self.metric_for_best_model, self.greater_is_better = "reward", True
+            self.metric_for_best_model, self.greater_is_better = self._best
         if self.metric_for_best_model.split("_")[-1] == "loss":
             raise UserError(
-                "the loss of a sampling method cannot pick the best checkpoint; set metric_for_best_model: reward"
+                "the loss of a sampling method cannot pick the best checkpoint; set metric_for_best_model: "
+                f"{self._best[0]}"
             )
 
     def _unused(self) -> dict[str, str]:
@@ -194,7 +202,9 @@ class OnlineCoPGConfig(SampledConfig):
         require(self.normalize_rewards in known, "normalize_rewards", self.normalize_rewards, "none or group")
         require(self.replay_prompts >= 0, "replay_prompts", self.replay_prompts, "zero or more")
         _positive(self, "replay_capacity")
-        if self.replay_prompts:
+        if not self.replay_prompts:
+            refuse_inherited(self, {"replay_capacity": "set replay_prompts, without which nothing is replayed"})
+        else:
             rule = f"a multiple of steps_per_generation, {self.steps_per_generation}"
             whole = self.replay_prompts % self.steps_per_generation == 0
             require(whole, "replay_prompts", self.replay_prompts, rule)

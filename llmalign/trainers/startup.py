@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from trl import ModelConfig
 
@@ -36,9 +37,19 @@ def refuse_adapter_dropout(peft_config: Any) -> None:
 
 def best_of_first_set(args: Any, eval_dataset: Any) -> None:
     """Metrics of several evaluation sets carry the set's name, so a metric without one means the first."""
-    if isinstance(eval_dataset, dict) and args.metric_for_best_model in ("rewards/accuracies", "reward"):
+    if isinstance(eval_dataset, dict) and args.metric_for_best_model in ("rewards/accuracies", "reward", "js"):
         args.metric_for_best_model = f"eval_{next(iter(eval_dataset))}_{args.metric_for_best_model}"
         logger.info("The best checkpoint is picked by %s.", args.metric_for_best_model)
+
+
+def refuse_short_data(args: Any, train_dataset: Any) -> None:
+    """Raise UserError where a data set has fewer prompts than a rollout: its sampler gives whole rollouts alone."""
+    needed = args.generation_batch_size // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < needed:
+        raise UserError(
+            f"the training data has {len(train_dataset)} prompts and a rollout takes {needed}: lower "
+            "per_device_train_batch_size or steps_per_generation, or give more prompts"
+        )
 
 
 #: what a model's own generation config may set that changes what is drawn, and the values at which it does not

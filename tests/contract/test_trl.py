@@ -28,6 +28,23 @@ def test_dpo_trainer_s_seams():
     assert parameters(trl.DPOTrainer._set_signature_columns_if_needed) == ["self"]
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("_generate_single_turn", ["self", "prompt_ids", "images", "multimodal_fields"]),
+        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        ("_generate_and_score_completions", ["self", "inputs"]),
+    ],
+)
+def test_rloo_trainer_s_seams(name, expected):
+    assert parameters(getattr(trl.RLOOTrainer, name)) == expected
+
+
+def test_rloo_trainer_scores_by_four_arguments():
+    method = trl.RLOOTrainer._get_per_token_logps_and_entropies
+    assert parameters(method)[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
+
+
 def test_preparation_needs_nothing_of_the_trainer_but_its_tokenizer():
     """`prepare_pairs` calls it without an instance."""
     tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(trl.DPOTrainer._prepare_dataset)))

@@ -9,7 +9,7 @@ import pytest
 
 from llmalign.errors import UserError
 from llmalign.losses import STRATEGIES
-from llmalign.rewards.reliability import as_dict, reliability
+from llmalign.rewards.reliability import Interval, Strategy, _recommend, as_dict, reliability
 from llmalign.rewards.reliability_report import plot_reliability
 
 
@@ -137,6 +137,19 @@ def test_a_filter_is_recommended_where_it_is_clearly_better():
     result = reliability(rewards, scores, resamples=200)
     assert result.recommended == "best_worst" and result.reason.startswith("best_worst: its rewards say most")
     assert by_name(result)["best_worst"].gain.low > 0
+
+
+def test_a_filter_that_is_clearly_better_goes_before_one_that_may_be_so_by_chance():
+    """Of 1,200 random worlds 40 had such a pair; in this one the highest R^2 is not clearly above that of all."""
+
+    def of(name, r2, *gain):
+        known = Interval(r2, r2, r2)
+        return Strategy(name, known, known, known, Interval(*gain), 1.0, 0.0, [], [], [], 10)
+
+    keep, clear = of("none", 0.40, 0.0, 0.0, 0.0), of("best_random", 0.52, 0.12, 0.04, 0.19)
+    unsure = of("power", 0.56, 0.16, -0.03, 0.36)
+    assert _recommend([keep, clear, unsure])[0] == "best_random"
+    assert _recommend([keep, unsure])[0] == "none"
 
 
 def test_no_filter_is_recommended_where_it_may_be_chance_or_the_reward_is_wrong():

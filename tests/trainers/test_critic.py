@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
 
 from llmalign.errors import UserError
@@ -63,15 +64,43 @@ def test_a_model_s_values_have_its_rewards_scale(tmp_path):
         reward = ModelReward(model, tiny.tokenizer(), normalize=normalize)
         trainer = build_from(reward, tmp_path)
         assert isinstance(trainer.critic, ModelCritic)
-        batch = runs.rollout(trainer)
-        values[normalize] = trainer.critic.values(groups_of(batch)).detach()
-        if not normalize:
-            raw = values[normalize]
-        else:
-            trainer.critic.module.mean, trainer.critic.module.std = 0.0, 1.0
-            raw = trainer.critic.values(groups_of(batch)).detach()
-            assert torch.allclose(values[True], (raw - 0.5) / 2, atol=1e-6)
-    assert raw.abs().max() > 0.1
+        if not values:
+            groups = groups_of(runs.rollout(trainer))
+        values[normalize] = trainer.critic.values(groups).detach()
+    assert torch.allclose(values[True], (values[False] - 0.5) / 2, atol=1e-6)
+    assert values[False].abs().max() > 0.1
+
+
+def test_a_critic_model_is_trained_in_float32_whatever_the_policy_is_held_in(tmp_path):
+    """At the paper's rate a step is below half of bfloat16's spacing for most weights: it would not move them."""
+    policy = tiny.model().to(torch.bfloat16)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = runs.build(
+        "pf_ppo-model", tmp_path, model=policy, peft=adapter, bf16=True, critic_learning_rate=9e-6, max_steps=4
+    )
+    before = [weight.detach().clone() for weight in trainer.critic.parameters()]
+    assert {weight.dtype for weight in before} == {torch.float32}
+    trainer.train()
+    moved = sum((now != then).sum().item() for now, then in zip(trainer.critic.parameters(), before, strict=True))
+    assert moved > 0.5 * sum(weight.numel() for weight in before)
+
+
+def test_values_under_autocast_keep_more_than_three_digits(tmp_path):
+    for method in ("pf_ppo", "pf_ppo-model"):
+        trainer = runs.build(method, tmp_path, bf16=True)
+        if method == "pf_ppo":
+            torch.nn.init.normal_(trainer.critic.module.weight)
+        values = runs.rollout(trainer)["values"]
+        assert values.any() and (values.to(torch.bfloat16).float() != values).any(), method
+
+
+def test_checkpointing_switches_no_dropout_of_the_critic_on(tmp_path):
+    model = runs.reward_model()
+    model.config.attention_dropout = model.model.layers[0].self_attn.attention_dropout = 0.5
+    reward = ModelReward(model, tiny.tokenizer())
+    trainer = build_from(reward, tmp_path, gradient_checkpointing=True)
+    groups = groups_of(runs.rollout(trainer))
+    assert torch.equal(trainer.critic.values(groups), trainer.critic.values(groups))
 
 
 def build_from(reward, folder, **options):
@@ -156,7 +185,7 @@ class Options:
 def start(given=None, functions=(), tokenizer=None, path=None):
     args = Options()
     args.critic_model_name_or_path = path
-    return starting_point(given, args, functions, tokenizer or tiny.tokenizer(), torch.float32)
+    return starting_point(given, args, functions, tokenizer or tiny.tokenizer())
 
 
 def test_it_starts_from_what_is_given_then_named_then_rewards(tmp_path):

@@ -1,6 +1,7 @@
 """PF-PPO: what the filter leaves, PPO's numbers at the trainer, the optimizer they share, and what is refused."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import math
@@ -101,6 +102,64 @@ def test_whitening_before_and_after_the_filter(whitening, strategy, tmp_path):
     assert values.mean().abs() < 1e-6 and values.std(correction=0).item() == pytest.approx(1, abs=1e-5)
     if whitening == "before":
         assert rollout["advantages"][0, 0].any()  # filtered out, and in the mean
+
+
+def test_gae_has_the_config_s_discount_and_lambda(tmp_path):
+    trainer = runs.build("pf_ppo", tmp_path, strategy="none", gamma=0.9, gae_lambda=0.5, beta=0.2, reward_clip=1.0)
+    _, rollout = judged(trainer, tensor("new_logps"))
+    mask = tensor("action_mask")[0]
+    for place in range(3):
+        length = int(mask[place].sum())
+        rewards = [-0.2 * gap for gap in (tensor("old_logps") - tensor("ref_logps"))[0, place, :length].tolist()]
+        rewards[-1] += max(-1.0, min(1.0, tensor("rm_score")[0, place].item()))
+        values = [*tensor("old_values")[0, place, :length].tolist(), 0.0]
+        advantage = 0.0
+        for t in reversed(range(length)):
+            advantage = rewards[t] + 0.9 * values[t + 1] - values[t] + 0.9 * 0.5 * advantage
+            assert rollout["returns"][0, place, t].item() == pytest.approx(advantage + values[t], abs=1e-5)
+
+
+def test_value_clip_is_the_config_s(tmp_path):
+    losses = []
+    for clip in (0.2, 1e3):
+        trainer = runs.build("pf_ppo", tmp_path, strategy="none", value_clip=clip)
+        _, rollout = judged(trainer, tensor("new_logps"))
+        far = rollout["values"] + 0.9 * (rollout["returns"] - rollout["values"])  # clipped, it stays behind
+        kept = tensor("action_mask").bool().flatten(0, 1)
+        losses.append(trainer._value_loss(rollout, far, kept).sum().item())
+    assert losses[1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("selection", ["exact", "resample"])
+def test_a_completion_without_a_reward_is_never_kept_and_in_no_statistic(selection, tmp_path):
+    """Its place holds the highest number of all."""
+    trainer = runs.build("pf_ppo", tmp_path, strategy="best_worst", whitening="before", selection=selection)
+    found = []
+    for number in (9.0, -9.0):
+        scores, rollout = recorded_scores(tensor("new_logps"), [number, -2.0, 1.5])
+        scores = dataclasses.replace(scores, mask=torch.tensor([[False, True, True]]))
+        trainer._sampled_values = tensor("old_values")
+        found.append(trainer.judge(rollout, scores))
+    assert found[0]["weights"][0, 0] == 0 and found[0]["weights"][0, 1:].sum() > 0
+    for name in ("weights", "advantages"):
+        assert torch.equal(found[0][name][:, 1:], found[1][name][:, 1:]), name
+
+
+def test_the_other_one_is_drawn_anew_for_each_prompt(tmp_path):
+    trainer = runs.build("pf_ppo", tmp_path, strategy="best_random")
+    ids = torch.arange(40 * 2).view(40, 2) + 3
+    completions = torch.ones(40, 4, 3, dtype=torch.long)
+    rollout = {"prompt_ids": ids, "prompt_mask": torch.ones_like(ids)}
+    rollout |= {"completion_ids": completions, "completion_mask": torch.ones_like(completions)}
+    zeros = torch.zeros(40, 4, 3)
+    scores = RolloutScores(
+        policy=zeros.sum(2), proposal=zeros.sum(2), reference=zeros.sum(2), mask=torch.ones(40, 4, dtype=torch.bool),
+        rewards=torch.tensor([3.0, 0.0, 1.0, 2.0]).expand(40, 4), token_policy=zeros, token_old=zeros,
+        token_reference=zeros, token_mask=zeros == 0,
+    )  # fmt: skip
+    chosen = trainer._select(rollout, scores)
+    assert chosen[:, 0].all() and (chosen.sum(1) == 2).all()
+    assert (chosen[:, 1:].sum(0) > 4).all()  # of 40, 13 each
 
 
 def test_resampling_counts_what_is_drawn_twice_twice(tmp_path):
@@ -255,6 +314,18 @@ def test_plain_ppo_takes_one_completion_a_prompt(accumulation, tmp_path):
     drawn = runs.rollout(trainer)
     assert len(drawn["prompt_ids"].unique(dim=0)) == len(drawn["prompt_ids"])
     assert runs.digest(trainer.model) != start and math.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+
+def test_without_a_reference_no_distance_from_it_is_logged(tmp_path):
+    trainer = runs.build("pf_ppo", tmp_path, beta=0.0)
+    trainer.train()
+    assert not {"kl_per_token", "kl_to_reference"} & set(trainer.state.log_history[0])
+
+
+def test_one_completion_in_evaluation_is_measured_whatever_the_filter(tmp_path):
+    trainer = runs.build("pf_ppo", tmp_path, strategy="best_worst", num_generations_eval=1)
+    metrics = trainer.evaluate(eval_dataset=runs.prompts(8))
+    assert metrics["eval_kept"] == 1 and metrics["eval_loss"] != 0
 
 
 def test_evaluation_reads_values_too(tmp_path):

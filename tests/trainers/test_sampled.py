@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 
 from llmalign.errors import UserError
+from llmalign.trainers.mdpo import MDPOTrainer
 from llmalign.trainers.rollouts import groups_of
 from llmalign.trainers.sampled_configs import MDPOConfig
 from tests.trainers import sampled_runs as runs
@@ -153,14 +154,54 @@ def test_equal_rewards_move_nothing_however_they_are_rounded(tmp_path):
 
 @pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith("fdpg")])  # it refuses them
 def test_truncated_completions_that_are_masked_count_nowhere(method, tmp_path):
-    trainer = runs.build(method, tmp_path, record=True, mask_truncated_completions=True)
+    found = []
+    for bonus in (0.0, 50.0):
+
+        def reward(prompts, completions, completion_ids, bonus=bonus, **columns):
+            own = runs.checksum(prompts, completions)
+            return [one + bonus * (ids[-1] != 1) for one, ids in zip(own, completion_ids, strict=True)]
+
+        trainer = runs.build(method, tmp_path, reward=reward, record=True, mask_truncated_completions=True)
+        batch = runs.rollout(trainer)
+        cut = ~batch["completion_mask"].bool().any(dim=2)
+        assert cut.any() and not cut.all()
+        assert not batch["mask"][cut].any()
+        found.append((batch["rewards"], trainer.compute_loss(trainer.model, batch)))
+    assert not torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_sampling_in_parts_draws_for_every_prompt_in_its_place(tmp_path):
+    trainer = runs.build("mdpo", tmp_path, sampling_batch_size=3)
+    seen = []
+    generate = trainer.model.generate
+
+    def watched(*args, **kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        return generate(*args, **kwargs)
+
+    trainer.model.generate = watched
     batch = runs.rollout(trainer)
-    cut = ~batch["completion_mask"].bool().any(dim=2)
-    assert cut.any() and not cut.all()
-    assert not batch["mask"][cut].any()
-    before = trainer.compute_loss(trainer.model, batch)
-    batch["rewards"] = batch["rewards"].masked_fill(cut, 1e3)
-    assert torch.equal(trainer.compute_loss(trainer.model, batch), before)
+    assert seen == [3, 3, 2] and batch["completion_ids"].shape[:2] == (2, 4)
+    start = tiny.model()
+    groups = groups_of(batch)
+    for row, (prompt, completions) in enumerate(zip(groups.prompts, groups.completions, strict=True)):
+        for place, completion in enumerate(completions):
+            expected = runs.independent_logps(start, prompt, completion).float()
+            own = batch["token_old"][row, place, : len(completion)]
+            assert torch.allclose(own, expected, atol=1e-4)
+
+
+def test_fewer_prompts_than_a_rollout_are_refused(tmp_path):
+    with pytest.raises(UserError, match="has 1 prompts and a rollout takes 2"):
+        runs.build("mdpo", tmp_path, data=runs.prompts(1))
+
+
+def test_what_was_refused_leaves_the_config_as_it_was(tmp_path):
+    args = MDPOConfig(output_dir=str(tmp_path), use_cpu=True, **(runs.COMMON | {"reward_weights": [1.0, 2.0]}))
+    given = {"train_dataset": runs.prompts(), "processing_class": tiny.tokenizer()}
+    with pytest.raises(ValueError, match="reward weights"):
+        MDPOTrainer(tiny.model(), runs.checksum, args, **given)
+    assert args.beta == 0.05
 
 
 def test_evaluation_leaves_training_s_random_numbers_alone_and_repeats_itself(tmp_path):
