@@ -14,7 +14,7 @@ help:
 	@echo "make test         the test suite (make test-all: the slow ones too)"
 	@echo "make lint         ruff, format check, mypy"
 	@echo "make claims       what the papers claim, measured (up to an hour)"
-	@echo "make bench        time and memory of a step beside TRL (an hour; ARGS='--case k8' runs one case)"
+	@echo "make bench        time and memory of a step beside TRL (two hours; ARGS='--case k8' runs one case)"
 
 setup: $(STAMP)
 

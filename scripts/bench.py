@@ -1,11 +1,11 @@
-"""Time and memory of one optimizer step beside TRL's DPOTrainer: `python scripts/bench.py [--case NAME] [--json FILE]`.
+"""Time and memory of one optimizer step beside TRL's DPOTrainer and GRPOTrainer: `python scripts/bench.py [--case NAME] [--json FILE]`.
 
 Ours and TRL's take turns on the same pairs and the same model with random weights, each turn in a fresh process: a
 Llama (hidden 384, 6 layers, vocabulary 8,192) in float32 on one thread, 4 pairs a batch, AdamW included. Time is the
 CPU time of a step from its start to the start of the next (batch, policy, reference, backward, update, metrics, log),
 the first step left out; memory is the peak resident size less what the process held before it loaded the model.
-`--sampled` runs the methods that sample beside TRL's GRPOTrainer instead: a rollout of 16 prompts with 4 completions
-of 64 tokens each, and the steps on it. `--device cuda` runs the same cases on a Qwen2 of half a billion parameters, in
+The methods that sample run beside TRL's GRPOTrainer: a rollout of 16 prompts with 4 completions of 64 tokens each, and
+the steps on it; `--sampled` runs these alone, `--pairs` the others. `--device cuda` runs the same cases on a Qwen2 of half a billion parameters, in
 GPU time and allocated GPU memory. Not measured: start-up, evaluation, saving, several processes.
 """
 
@@ -137,9 +137,10 @@ def write(arguments: argparse.Namespace, summaries: list[report.Summary], sample
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--case", action="append", choices=list(CASES), help="run this case (repeatable); default: all pairs"
+        "--case", action="append", choices=list(CASES), help="run this case (repeatable); default: all"
     )
-    parser.add_argument("--sampled", action="store_true", help="run the methods that sample, beside TRL's GRPOTrainer")
+    parser.add_argument("--pairs", dest="kind", action="store_const", const=PAIR_CASES, help="pairs and groups alone")
+    parser.add_argument("--sampled", dest="kind", action="store_const", const=SAMPLED_CASES, help="what samples alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write case, both ratios and the fraction here")
     parser.add_argument("--details", type=Path, metavar="FILE", help="write everything measured here")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="fresh processes of each contender")
@@ -152,8 +153,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         arguments.steps = STEPS[arguments.device]
     if min(arguments.rounds, arguments.steps) < 1:
         parser.error("--rounds and --steps must be 1 or more")
-    default = SAMPLED_CASES if arguments.sampled else PAIR_CASES
-    arguments.case = list(dict.fromkeys(arguments.case or default))
+    arguments.case = list(dict.fromkeys(arguments.case or arguments.kind or CASES))
     return arguments
 
 
