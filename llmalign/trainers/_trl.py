@@ -229,9 +229,9 @@ class PairBase(
 class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMixin, RLOOTrainer):
     """TRL's RLOOTrainer, whose sampling (vLLM included), rewards and logs stay, with its loss replaced.
 
-    Of TRL's own methods three are changed: `_calculate_rewards` keeps the raw rewards, the per-token scores read each
-    prompt once for its completions, and what `_generate_and_score_completions` returns is put in groups, so that the
-    shuffle after it moves whole ones. A checkpoint in the middle of a rollout holds the rollout. `ref_model` is another
+    Of TRL's own methods four are changed, each through `super()`: `_calculate_rewards` keeps the raw rewards, the
+    per-token scores read each prompt once for its completions, what `_generate_and_score_completions` returns is put in
+    groups, so that the shuffle after it moves whole ones, and generation may go in parts. A checkpoint in the middle of a rollout holds the rollout. `ref_model` is another
     frozen model than the one that training starts from. Not covered: images, tools.
     """
 
