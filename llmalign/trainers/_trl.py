@@ -231,8 +231,9 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMi
 
     Of TRL's own methods four are changed, each through `super()`: `_calculate_rewards` keeps the raw rewards, the
     per-token scores read each prompt once for its completions, what `_generate_and_score_completions` returns is put in
-    groups, so that the shuffle after it moves whole ones, and generation may go in parts. A checkpoint in the middle of a rollout holds the rollout. `ref_model` is another
-    frozen model than the one that training starts from. Not covered: images, tools.
+    groups, so that the shuffle after it moves whole ones, and generation may go in parts. A checkpoint in the middle of
+    a rollout holds the rollout. `ref_model` is another frozen model than the one that training starts from. Not
+    covered: images, tools.
     """
 
     _name = "Sampled"
