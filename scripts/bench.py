@@ -1,12 +1,13 @@
-"""Time and memory of one optimizer step beside TRL's DPOTrainer and GRPOTrainer: `python scripts/bench.py [--case NAME] [--json FILE]`.
+"""Time and memory of one optimizer step beside TRL's trainers: `python scripts/bench.py [--case NAME] [--json FILE]`.
 
 Ours and TRL's take turns on the same pairs and the same model with random weights, each turn in a fresh process: a
 Llama (hidden 384, 6 layers, vocabulary 8,192) in float32 on one thread, 4 pairs a batch, AdamW included. Time is the
 CPU time of a step from its start to the start of the next (batch, policy, reference, backward, update, metrics, log),
 the first step left out; memory is the peak resident size less what the process held before it loaded the model.
-The methods that sample run beside TRL's GRPOTrainer: a rollout of 16 prompts with 4 completions of 64 tokens each, and
-the steps on it; `--sampled` runs these alone, `--pairs` the others. `--device cuda` runs the same cases on a Qwen2 of half a billion parameters, in
-GPU time and allocated GPU memory. Not measured: start-up, evaluation, saving, several processes.
+The methods that sample run beside TRL's GRPOTrainer, the others beside its DPOTrainer: a rollout of 16 prompts with 4
+completions of 64 tokens each, and the steps on it; `--sampled` runs these alone, `--pairs` the others. `--device cuda`
+runs the same cases on a Qwen2 of half a billion parameters, in GPU time and allocated GPU memory. Not measured:
+start-up, evaluation, saving, several processes.
 """
 
 import argparse

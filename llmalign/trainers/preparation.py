@@ -100,7 +100,8 @@ def prepare_prompts(
 ) -> AnyDataset:
     """Prepare rows of prompts to sample from: adds `row_id` and `prompt_ids`, and drops longer ones than `max_length`.
 
-    `chat_template_kwargs` are those that the trainer gives the chat template. Rows already prepared come back as they are. Raises UserError for conversational rows without a chat template.
+    `chat_template_kwargs` are those that the trainer gives the chat template. Rows already prepared come back as they
+    are. Raises UserError for conversational rows without a chat template.
     """
     if has_columns(dataset, "row_id", "prompt_ids"):
         return dataset

@@ -2,25 +2,36 @@
 
 Nothing inside ever runs as root: the user id is given up before anything else, because the kernel does not count the
 processes of user 0 against their limit. With bubblewrap the inside has its own process, network, mount and IPC
-namespaces, /usr and the interpreter read-only, a /tmp of its own of limited size, no /proc, no /etc and no
-environment; with Landlock it may read /usr and the interpreter and write nowhere. In both a seccomp filter (x86_64,
-aarch64) allows no new process, no socket and no signal.
+namespaces, /usr and the interpreter read-only, no /proc, no /etc and no environment; with Landlock it may read the
+interpreter and the system's libraries. In both it can write nowhere, not even in memory: the kernel would count
+neither the size nor the number of small files against any limit of the sandbox. Installed packages are hidden, and a
+seccomp filter (x86_64, aarch64) allows no new process, no socket and no signal.
 """
 
 import itertools
 import os
+import random
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from llmalign.rewards.sandbox.inside.confine import READ_DIR, READ_FILE
 from llmalign.rewards.sandbox.interpreter import Interpreter
 
-TMP_BYTES = 16 * 1024 * 1024
-THREADS = 32
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
-# Users that no one logs in as, each sandbox another one: two at once share no limit and may not touch each other.
+FILE_BYTES = 16 * 1024 * 1024  # of a file, where nothing keeps the inside from writing one
+THREADS = 40  # a pool of 32, and what starts them
+ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    "LC_ALL": "C.UTF-8",
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/",
+    "MALLOC_ARENA_MAX": "1",  # an arena of each thread would take 64 MiB of addresses from the memory limit
+}
+# Users that no one logs in as, each sandbox another one: two at once share no limit and may not touch each other. The
+# start differs between trainers on one machine.
 FIRST_UID, UIDS = 61184, 4096
-_turn = itertools.count()
+_turn = itertools.count(random.SystemRandom().randrange(UIDS))
 
 
 @dataclass(frozen=True)
@@ -47,10 +58,9 @@ class Backend:
         """What the inside has to do to itself, as part of its job."""
         landlock = None
         if self.name == "landlock":
-            readable = ["/usr", *self.interpreter.folders, *(f for f in ("/lib", "/lib64") if Path(f).is_dir())]
-            landlock = (tuple(dict.fromkeys(readable)), self.seccomp)
+            landlock = (_landlock_rights(self.interpreter.folders), self.seccomp, os.getpid())
         counted = self.name == "bubblewrap" or self.as_other_user  # else it would count the user's own processes too
-        return {"files": TMP_BYTES, "threads": THREADS if counted else None, "landlock": landlock}
+        return {"files": FILE_BYTES, "threads": THREADS if counted else None, "landlock": landlock}
 
 
 def _bubblewrap_options(interpreter: Interpreter) -> list[str]:
@@ -66,6 +76,40 @@ def _bubblewrap_options(interpreter: Interpreter) -> list[str]:
     for folder in interpreter.folders:
         if not folder.startswith("/usr/"):
             options += ["--ro-bind", folder, folder]
+    for folder in _packages(("/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64", *interpreter.folders)):
+        options += ["--tmpfs", folder, "--remount-ro", folder]
     for device in ("/dev/null", "/dev/urandom"):
         options += ["--dev-bind", device, device]
-    return [*options, "--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
+    return [*options, "--chdir", "/", "--remount-ro", "/"]
+
+
+@lru_cache(maxsize=2)
+def _packages(roots: tuple[str, ...]) -> tuple[str, ...]:
+    """Folders of installed packages below: a benchmark may be among them, with the values that its tests expect."""
+    kinds = ("site-packages", "dist-packages")
+    found = (path for root in roots for kind in kinds for path in Path(root).glob(f"python*/{kind}") if path.is_dir())
+    return tuple(sorted({os.path.realpath(path) for path in found}))
+
+
+@lru_cache(maxsize=2)
+def _landlock_rights(folders: tuple[str, ...]) -> dict[str, int]:
+    """Rights on paths: reading what the interpreter needs, and the mere names of what is hidden beside it."""
+    system = ("/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/lib", "/lib64")
+    roots = tuple(sorted({os.path.realpath(folder) for folder in (*folders, *system) if os.path.isdir(folder)}))
+    hidden = _packages(roots)
+    rights: dict[str, int] = {}
+    waiting = list(roots)
+    while waiting:
+        folder = waiting.pop()
+        if folder in hidden:
+            continue
+        if not any(other.startswith(f"{folder}/") for other in hidden):
+            rights[folder] = READ_FILE | READ_DIR
+            continue
+        rights[folder] = READ_DIR
+        for entry in os.scandir(folder):  # a rule for a link would be one for what it points at
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(entry.path)
+            elif entry.is_file(follow_symlinks=False):
+                rights[entry.path] = READ_FILE
+    return rights

@@ -15,7 +15,7 @@ from llmalign.errors import UserError
 INSIDE = Path(__file__).parent / "inside"
 MODULES = {
     "answer": ("wire", "confine", "start", "answer"),
-    "checker": ("wire", "confine", "start", "names", "checker"),
+    "checker": ("wire", "confine", "start", "names", "plan", "units", "channel", "checker"),
 }
 PACKAGE = "llmalign.rewards.sandbox.inside"
 OLDEST = (3, 10)

@@ -1,9 +1,11 @@
 """Runs an answer and its tests in two sandboxes and carries messages between them, as bytes that it never reads into.
 
-What comes from either side is data: lengths are limited, counts are checked, texts are cut and made printable. A third
-sandbox of the answer's kind is started for a problem's helpers when the tests ask for them.
+What comes from either side is data: lengths are limited, one request is open at a time, counts are checked, texts are
+cut and made printable. A third sandbox of the answer's kind is started for a problem's helpers when the tests ask for
+them. Time is counted while every sandbox that there is has started.
 """
 
+import contextlib
 import os
 import re
 import select
@@ -12,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from llmalign.rewards.sandbox.backends import ENVIRONMENT, Backend
 
@@ -34,6 +37,7 @@ class Job:
     prompt: str
     timeout_s: float
     memory_mb: int
+    own_names: bool = True  # whether tests may use what the program alone defines
 
 
 @dataclass
@@ -99,19 +103,21 @@ class _Pair:
         self.report = Report()
         self.rooms: dict[str, _Room] = {}
         self.ended: dict[str, str] = {}  # rooms that are no more, and why
+        self.told: set[str] = set()  # those of them of which the tests know
         self.finished = False
-        self.started: float | None = None
-        self.begun = time.monotonic()
+        self.starting = True
+        self.since = time.monotonic()  # when the present start, or stretch of running, began
+        self.spent = 0.0  # seconds of running before it
 
     def run(self) -> Report:
         job = self.job
         self._open("answer", {"program": job.program})
-        tests = {"program": job.program, "tests": job.tests, "entry_point": job.entry_point, "prompt": job.prompt}
-        self._open("tests", tests)
+        parts = ("program", "tests", "entry_point", "prompt", "own_names")
+        self._open("tests", {part: getattr(job, part) for part in parts})
         while not self.finished:
             left = self._seconds_left()
             if left <= 0:
-                if self.started is None:
+                if self.starting:
                     raise SandboxError(f"The sandboxes did not start within {START_SECONDS:g} seconds.")
                 self._fail(f"Timeout: the tests took longer than {job.timeout_s:g} seconds.")
                 break
@@ -121,29 +127,25 @@ class _Pair:
     def close(self) -> None:
         """Kills what still runs, with all that it started."""
         for room in self.rooms.values():
-            if self.backend.name == "unsafe":
-                _kill_group(room.process)
-            room.process.kill()
+            _kill(room.process)
         for room in self.rooms.values():
             room.process.wait()
             for pipe in (room.process.stdin, room.process.stdout, room.process.stderr):
                 if pipe is not None:
                     pipe.close()
 
-    def _open(self, name: str, parts: dict[str, str]) -> None:
+    def _open(self, name: str, parts: dict[str, Any]) -> None:
         role = "checker" if name == "tests" else "answer"
-        room = _Room(name, _start(self.backend, role))
+        room = self.rooms[name] = _Room(name, _start(self.backend, role))
         os.set_blocking(room.reader, False)
         os.set_blocking(room.writer, False)
-        self.rooms[name] = room
         limits = {"memory": self.job.memory_mb << 20, "seconds": int(self.job.timeout_s) + 2}
         room.unsent += self.backend.interpreter.bundles[role]
         room.send(ascii({**parts, **limits, **self.backend.confinement()}).encode("ascii"))
 
     def _seconds_left(self) -> float:
-        if self.started is None:
-            return self.begun + START_SECONDS - time.monotonic()
-        return self.started + self.job.timeout_s - time.monotonic()
+        limit = START_SECONDS if self.starting else self.job.timeout_s - self.spent
+        return self.since + limit - time.monotonic()
 
     def _fail(self, error: str) -> None:
         """Ends the run; what has passed so far stays passed."""
@@ -198,7 +200,7 @@ class _Pair:
         room.closed = True
         if not room.ready:
             raise SandboxError(f"The {self.backend.name} sandbox did not start: {_last_words(room.process)}")
-        room.process.kill()
+        _kill(room.process)
         self.ended[room.name] = f"The sandbox of the {room.name} {why}."
         if room.name == "tests":
             self._fail(self.ended[room.name])
@@ -206,12 +208,19 @@ class _Pair:
             self._gone(room.name)
 
     def _gone(self, name: str) -> None:
+        self.told.add(name)
         self.rooms["tests"].send(b"X" + self.ended[name].encode("ascii", "replace"))
 
     def _is_ready(self, room: _Room) -> None:
         room.ready = True
-        if self.started is None and self.rooms["answer"].ready and self.rooms["tests"].ready:
-            self.started = time.monotonic()
+        if self.starting and all(other.ready for other in self.rooms.values()):
+            self.starting, self.since = False, time.monotonic()
+
+    def _open_helpers(self, source: str) -> None:
+        if not self.starting:
+            now = time.monotonic()
+            self.starting, self.spent, self.since = True, self.spent + now - self.since, now
+        self._open("helpers", {"program": source})
 
     def _from_answer(self, room: _Room, frame: bytes) -> None:
         if not room.ready and frame == b"R":
@@ -229,7 +238,7 @@ class _Pair:
         elif kind in (b"A", b"H"):
             self._ask("answer" if kind == b"A" else "helpers", rest)
         elif kind == b"S" and "helpers" not in self.rooms:
-            self._open("helpers", {"program": rest.decode("utf-8", "surrogatepass")})
+            self._open_helpers(rest.decode("utf-8", "surrogatepass"))
         elif kind == b"N" and rest.isdigit() and len(rest) < 7:
             self.report.total = int(rest)
         elif kind == b"P":
@@ -248,22 +257,30 @@ class _Pair:
         self.report.error = _printable(error)
 
     def _ask(self, name: str, request: bytes) -> None:
-        if name in self.ended or name not in self.rooms:
+        room = self.rooms.get(name)
+        if name in self.told or (room and room.waited_for):  # would grow without bound in this process
+            self._fail("The tests broke the protocol.")
+            return
+        if name in self.ended or room is None:
             self.ended.setdefault(name, f"There is no sandbox for the {name}.")
             self._gone(name)
             return
-        self.rooms[name].waited_for = True
-        self.rooms[name].send(request)
+        room.waited_for = True
+        room.send(request)
 
 
 def _start(backend: Backend, role: str) -> subprocess.Popen[bytes]:
-    """One interpreter under lock. No preexec_fn: the process that trains has threads, and may be very large."""
+    """One interpreter under lock. No preexec_fn: the process that trains has threads, and may be very large.
+
+    It leads a group of its own, so that one signal reaches all of bubblewrap's processes: one that is killed while it
+    starts leaves a child behind that waits for it and is not yet told to die with it.
+    """
     filter_fd = None
-    if backend.name == "bubblewrap" and backend.seccomp is not None:
-        filter_fd, end = os.pipe()
-        with os.fdopen(end, "wb") as pipe:
-            pipe.write(backend.seccomp)
     try:
+        if backend.name == "bubblewrap" and backend.seccomp is not None:
+            filter_fd, end = os.pipe()
+            with os.fdopen(end, "wb") as pipe:
+                pipe.write(backend.seccomp)
         return subprocess.Popen(
             backend.command(role, filter_fd),
             stdin=subprocess.PIPE,
@@ -273,7 +290,7 @@ def _start(backend: Backend, role: str) -> subprocess.Popen[bytes]:
             cwd="/",
             env=ENVIRONMENT,
             pass_fds=() if filter_fd is None else (filter_fd,),
-            start_new_session=backend.name == "unsafe",
+            start_new_session=True,
         )
     except OSError as error:
         raise SandboxError(f"The {backend.name} sandbox did not start: {error}.") from error
@@ -282,14 +299,16 @@ def _start(backend: Backend, role: str) -> subprocess.Popen[bytes]:
             os.close(filter_fd)
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kills a sandbox whole, also where its first process has ended; until that is reaped its number is its own."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _last_words(process: subprocess.Popen[bytes]) -> str:
     """What a process that failed to start wrote to its standard error."""
-    process.kill()
+    _kill(process)
     assert process.stderr is not None
     return _printable(process.stderr.read(4096)) or "it said nothing"
 

@@ -58,7 +58,8 @@ def test_what_an_interpreter_needs_is_allowed(machine: tuple[bytes, int, bool], 
         "chown at": (260, 54), "utimensat": (280, 88), "prctl": (157, 167), "setuid": (105, 146),
         "userfaultfd": (323, 282), "perf_event_open": (298, 241), "execveat": (322, 281), "setpriority": (141, 140),
         "sched_setaffinity": (203, 122), "seccomp": (317, 277), "name_to_handle_at": (303, 264),
-        "unknown": (9999, 9999),
+        "mkdirat": (258, 34), "symlinkat": (266, 36), "linkat": (265, 37), "unlinkat": (263, 35), "flock": (73, 32),
+        "mknodat": (259, 33), "renameat2": (316, 276), "unknown": (9999, 9999),
     }.items(),
 )  # fmt: skip
 def test_what_reaches_others_is_refused(machine: tuple[bytes, int, bool], name: str, call: tuple[int, int]) -> None:
@@ -86,6 +87,25 @@ def test_arguments_are_looked_at_in_full(machine: tuple[bytes, int, bool]) -> No
     assert verdict(program, send, arch, 3, 5, 6, 0, 0) == ALLOW
     assert verdict(program, send, arch, 3, 5, 6, 0, 1 << 32) == EPERM
     assert verdict(program, send, arch, 3, 5, 6, 0, 64) == EPERM
+
+
+@pytest.mark.parametrize(
+    "call, allowed, refused",
+    [
+        ((72, 25), [0, 1, 2, 3, 4, 1030, 1032], [5, 6, 7, 8, 10, 15, 37, 38, 1024, 1026, 1031, 1033, (1 << 32) + 8]),
+        ((16, 29), [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451], [0, 0x5412, 0x5452, 0x8901, 0x8902, 0x541C]),
+    ],
+    ids=["fcntl", "ioctl"],
+)
+def test_only_harmless_requests_to_files(
+    machine: tuple[bytes, int, bool], call: tuple[int, int], allowed: list[int], refused: list[int]
+) -> None:
+    """The owner of a file (F_SETOWN 8, F_SETSIG 10, F_SETOWN_EX 15) is signalled whoever it is."""
+    program, arch, intel = machine
+    number = call[not intel]
+    assert {verdict(program, number, arch, 3, command) for command in allowed} == {ALLOW}
+    assert {verdict(program, number, arch, 3, command) for command in refused} == {EPERM}
+    assert verdict(program, number, arch, allowed[-1], refused[-1]) == EPERM
 
 
 def test_calls_of_another_abi_kill(machine: tuple[bytes, int, bool]) -> None:

