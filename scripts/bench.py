@@ -137,9 +137,7 @@ def write(arguments: argparse.Namespace, summaries: list[report.Summary], sample
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--case", action="append", choices=list(CASES), help="run this case (repeatable); default: all"
-    )
+    parser.add_argument("--case", action="append", choices=list(CASES), help="run this case (repeatable); default: all")
     parser.add_argument("--pairs", dest="kind", action="store_const", const=PAIR_CASES, help="pairs and groups alone")
     parser.add_argument("--sampled", dest="kind", action="store_const", const=SAMPLED_CASES, help="what samples alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write case, both ratios and the fraction here")

@@ -17,7 +17,8 @@ import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,7 +129,7 @@ class Guarded:
     the whole batch raises, or comes back in another length, the function is called again row by row; a function that
     compares the rows of its batch, or has side effects, sees that. `failed` lists the failures of the last call,
     `count` counts all, `messages` by message; each distinct message is logged once. A UserError and
-    a lack of memory are passed on, or kept in `held` after `hold_back`, for whoever must not fail before other
+    a lack of memory are passed on, or kept in `held` under `holding_back`, for whoever must not fail before other
     processes do; no row has a reward then. Not covered: a function that never returns, and one that fails on every
     row, which whoever sees all rows must notice.
     """
@@ -153,9 +154,14 @@ class Guarded:
             return self._passed_on(error, len(prompts))
         return self._checked(rewards, columns)
 
-    def hold_back(self) -> None:
-        """Keep in `held` what the next batches would pass on; what was kept before is forgotten."""
+    @contextmanager
+    def holding_back(self) -> Iterator[None]:
+        """Keep in `held` what a batch would pass on; what was kept before is forgotten."""
         self._holds_back, self.held = True, None
+        try:
+            yield
+        finally:
+            self._holds_back = False
 
     def _rewards(self, whole: dict[str, Any], count: int) -> list[Any]:
         """The function's answer, row by row where it has none for the batch."""

@@ -98,13 +98,16 @@ class MomentReport:
     """How well the moments were reached: one entry per feature in ``wanted``, ``reached`` and ``lambdas``.
 
     ``reached`` are the means of the features under p, estimated on the samples, each of ``contexts`` prompts counting
-    alike; ``gradient_norm`` is the largest gap to ``wanted``. ``effective`` of ``samples`` is ``1 / sum w~^2`` of p's
-    normalised weights: with a few, lambda is a guess. A lambda of +-inf stands for a feature that p fixes at 1 or 0.
+    alike; ``gradient_norm`` is the largest gap to ``wanted``. ``halved`` are the same means, at the same lambda, on
+    halves of each prompt's samples: as far as they differ, ``reached`` is from what p has, on the other side.
+    ``effective`` of ``samples`` is ``1 / sum w~^2`` of p's normalised weights: with a few, lambda is a guess. A lambda
+    of +-inf stands for a feature that p fixes at 1 or 0.
     """
 
     iterations: int
     wanted: tuple[float, ...]
     reached: tuple[float, ...]
+    halved: tuple[float, ...]
     lambdas: tuple[float, ...]
     gradient_norm: float
     effective: float
@@ -120,6 +123,11 @@ class MomentReport:
             f"effective sample size {self.effective:.0f} of {self.samples}"
             + (f", {self.contexts} prompts" if self.contexts > 1 else "")
         )
+
+    @property
+    def biased(self) -> float:
+        """How far the moments of p may be from ``reached``: the largest gap between it and ``halved``."""
+        return max((abs(one - other) for one, other in zip(self.reached, self.halved, strict=True)), default=0.0)
 
 
 class DistributionalTarget:
@@ -187,13 +195,22 @@ class DistributionalTarget:
                 f"{int(kept.sum())} samples come is {[round(value, 4) for value in reached.tolist()]}. "
                 "Ask for less, or fit on samples that show the features together."
             )
+        halved = torch.stack([half.tilted(solution)[0] for half in samples.halves()]).mean(dim=0)
         lambdas = [math.copysign(math.inf, fixed.get(place, 0) - 0.5) for place in range(len(self.moments))]
-        moments = [float(fixed.get(place, 0)) for place in range(len(self.moments))]
-        for place, lam, mean in zip(free, solution.tolist(), reached.tolist(), strict=True):
-            lambdas[place], moments[place] = lam, mean
+        moments = [[float(fixed.get(place, 0))] * 2 for place in range(len(self.moments))]
+        for place, lam, *means in zip(free, solution.tolist(), reached.tolist(), halved.tolist(), strict=True):
+            lambdas[place], moments[place] = lam, means
         self._lambdas = lambdas
         return MomentReport(
-            iterations, tuple(self.moments), tuple(moments), tuple(lambdas), gap, effective, len(kept), samples.count
+            iterations=iterations,
+            wanted=tuple(self.moments),
+            reached=tuple(mean for mean, _ in moments),
+            halved=tuple(mean for _, mean in moments),
+            lambdas=tuple(lambdas),
+            gradient_norm=gap,
+            effective=effective,
+            samples=len(kept),
+            contexts=samples.count,
         )
 
     def log_target(self, base_logps: Tensor, features: Tensor) -> Tensor:
@@ -238,6 +255,15 @@ class Samples:
         own = torch.zeros(len(features), dtype=torch.long) if contexts is None else contexts.cpu()
         self.owners = own.unique(return_inverse=True)[1].to(features.device)
         self.count = int(self.owners.max()) + 1
+
+    def halves(self) -> list["Samples"]:
+        """Every second sample of each context, and the others; a context with one sample is in one of them alone."""
+        order = self.owners.argsort(stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        odd = (place - torch.searchsorted(self.owners[order], self.owners)) % 2 == 1
+        parts = [part for part in (~odd, odd) if bool(part.any())]
+        return [Samples(self.features[part], self.log_weights[part], self.owners[part]) for part in parts]
 
     def tilted(self, lambdas: Tensor) -> tuple[Tensor, Tensor, float]:
         """Mean (K,) and covariance (K, K) under exp(log_weights + features lambda), each a mean over the contexts.
@@ -302,8 +328,8 @@ def _require_reachable(samples: Samples, moments: list[float], free: list[int]) 
             of_prompts = f" of {samples.count} prompts" if samples.count > 1 else ""
             raise UserError(
                 f"moment {moments[place]:g} of feature {place} cannot be reached: on {len(samples.features)} samples"
-                f"{of_prompts} its mean can lie in [{low:g}, {high:g}] and must lie inside. Sample more, or from a "
-                "model that shows it."
+                f"{of_prompts} its mean can lie in [{low:g}, {high:g}] and must lie inside. Sample more of each "
+                "prompt, or from a model that shows it."
             )
 
 

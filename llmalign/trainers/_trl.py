@@ -229,8 +229,8 @@ class PairBase(
 class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMixin, RLOOTrainer):
     """TRL's RLOOTrainer, whose sampling (vLLM included), rewards and logs stay, with its loss replaced.
 
-    Of TRL's own methods four are changed, each through `super()`: `_calculate_rewards` keeps the raw rewards, the
-    per-token scores read each prompt once for its completions, what `_generate_and_score_completions` returns is put in
+    Of TRL's own methods it replaces one, the per-token scores, which read each prompt once for its completions. Others
+    it calls: `_calculate_rewards` keeps the raw rewards, what `_generate_and_score_completions` returns is put in
     groups, so that the shuffle after it moves whole ones, and generation may go in parts. A checkpoint in the middle of
     a rollout holds the rollout. `ref_model` is another frozen model than the one that training starts from. Not
     covered: images, tools.
@@ -300,10 +300,11 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMi
         return completions
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        for one in self.reward_funcs:
-            if isinstance(one, Guarded):
-                one.hold_back()
-        self._raw_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with contextlib.ExitStack() as stack:
+            for one in self.reward_funcs:
+                if isinstance(one, Guarded):
+                    stack.enter_context(one.holding_back())
+            self._raw_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.refuse_failing_rewards(len(prompts))
         return self._raw_rewards
 

@@ -73,6 +73,14 @@ def refuse_inherited(args: Any, names: dict[str, str]) -> None:
             )
 
 
+def refuse_foreign(args: Any, belongs: dict[str, tuple[str, Any]]) -> None:
+    """Raise UserError where a field that only another choice reads (`field: (option, value)`) is not at its default."""
+    for name, (option, value) in belongs.items():
+        own = getattr(args, option)
+        if own != value:
+            refuse_inherited(args, {name: f"it belongs to {option}: {value}, and this run's is {own}"})
+
+
 def require(condition: bool, name: str, value: Any, rule: str) -> None:
     """Raise UserError naming the field, its value and the rule, unless the condition holds."""
     if not condition:

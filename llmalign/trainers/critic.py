@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from llmalign.errors import UserError
+from llmalign.processes import fail_together
 from llmalign.rewards.classifiers import load_classifier, reward_statistics
 from llmalign.rewards.functions import Guarded
 from llmalign.rewards.model import ModelReward
@@ -81,13 +82,11 @@ class Critic:
             save_file(weights, folder / CRITIC_FILE)
 
     def load(self, folder: Path) -> None:
-        """Take the weights of a checkpoint. Raises UserError where they are missing or another critic's."""
+        """Take the weights of a checkpoint; all ranks call it. UserError where they are missing or another critic's."""
         file = folder / CRITIC_FILE
-        if not file.is_file():
-            raise UserError(
-                f"{folder} holds no {CRITIC_FILE}, the weights of its critic, so the run cannot go on where it was; "
-                "resume from another checkpoint, or start again in a new output_dir."
-            )
+        missing = f"{folder} holds no {CRITIC_FILE}, the weights of its critic, so the run cannot go on where it was"
+        way_out = "resume from another checkpoint, or start again in a new output_dir."
+        fail_together(None if file.is_file() else f"{missing}; {way_out}")
         kept, own = load_file(file), dict(self.module.named_parameters())
         if {name: weight.shape for name, weight in kept.items()} != {name: w.shape for name, w in own.items()}:
             raise UserError(f"{file} is of another critic than this run's; resume with the critic that it was made by.")

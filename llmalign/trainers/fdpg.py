@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import logging
+import math
 from itertools import cycle, islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from llmalign import losses
 from llmalign.errors import UserError
 from llmalign.evaluation.divergence import target_terms
 from llmalign.evaluation.diversity import distinct_n, self_bleu
+from llmalign.losses.divergences import MAX_EXPONENT
 from llmalign.rewards.targets import DistributionalTarget, MomentReport
 from llmalign.trainers._trl import SampledBase
 from llmalign.trainers.partition import BaselineWindow, PartitionFunction
@@ -23,7 +25,7 @@ from llmalign.types import RolloutScores
 
 logger = logging.getLogger(__name__)
 
-MAX_LOG_WEIGHT = 20.0
+MAX_BIAS = 0.02  # of a moment
 BLEU_SAMPLES = 64  # completions of a prompt: its cost grows with them, and it is logged at every rollout
 
 
@@ -80,19 +82,26 @@ class FDPGTrainer(OfflineProposalMixin, SampledBase):
         report = self.target.fit(*(part[there] for part in everyone))
         self.moment_report, self._to_fit = report, False
         logger.info("Target: %s.", report.text())
+        if report.biased > MAX_BIAS:
+            logger.warning(
+                "On half of each prompt's completions the moments are %s instead of %s, so they are off by about as "
+                "much on all of them: raise moment_samples_per_prompt, and moment_samples with it.",
+                [round(mean, 3) for mean in report.halved], [round(mean, 3) for mean in report.reached],
+            )  # fmt: skip
         self._metrics[mode].clear()  # these completions were no step's
         logs = {"moments/newton_steps": report.iterations, "moments/gap": report.gradient_norm}
         logs |= {"moments/samples": report.samples, "moments/effective_samples": report.effective}
         logs |= {"moments/prompts": report.contexts}
-        for name, numbers in (("wanted", report.wanted), ("reached", report.reached), ("lambda", report.lambdas)):
-            logs |= {f"moments/{name}_{place}": number for place, number in enumerate(numbers)}
+        series = {"wanted": report.wanted, "reached": report.reached, "halved": report.halved, "lambda": report.lambdas}
+        for name, numbers in series.items():  # a feature that is fixed has no finite lambda
+            logs |= {f"moments/{name}_{place}": value for place, value in enumerate(numbers) if math.isfinite(value)}
         self.log(logs)
 
     def _prompts_to_fit(self, groups: int) -> list[dict[str, Any]]:
-        """Rows for that many groups, each as often as gives it `moment_samples_per_prompt` completions."""
+        """Rows for that many groups, each as often as gives it `moment_samples_per_prompt` completions, or more."""
         times = min(-(-self.args.moment_samples_per_prompt // self.group_size), groups)
-        rows = _some_rows(self.train_dataset, -(-groups // times), self.args.seed)
-        return [row for row in rows for _ in range(times)][:groups]
+        rows = _some_rows(self.train_dataset, groups // times, self.args.seed)
+        return [rows[place * len(rows) // groups] for place in range(groups)]
 
     def judge(self, rollout: Rollout, scores: RolloutScores) -> Rollout:
         """What was measured (P, K, F); log P (P, K); log Z and a windowed baseline (P,); whose completions count."""
@@ -155,7 +164,7 @@ class FDPGTrainer(OfflineProposalMixin, SampledBase):
 
     def policy_weights(self, scores: RolloutScores, rollout: Rollout) -> Tensor:
         """Importance weights of the policy."""
-        return scores.mask * (scores.policy.detach() - scores.proposal).clamp(max=MAX_LOG_WEIGHT).exp()
+        return scores.mask * (scores.policy.detach() - scores.proposal).clamp(max=MAX_EXPONENT).exp()
 
     def own_state(self) -> dict[str, Any]:
         """Lambda, the partition functions and the window."""

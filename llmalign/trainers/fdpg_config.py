@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from llmalign.errors import UserError
 from llmalign.losses import DIVERGENCES
 from llmalign.rewards.targets import DistributionalTarget, PointwiseTarget, RewardTarget, Target
-from llmalign.trainers.configs import _positive, refuse_inherited, require
+from llmalign.trainers.configs import _positive, refuse_foreign, require
 from llmalign.trainers.sampled_configs import SampledConfig
 
 TARGETS = ("pointwise", "distributional", "reward")
@@ -55,7 +55,7 @@ class FDPGConfig(SampledConfig):
         default=4096, metadata={"help": "distributional: completions of the base that lambda is solved on, at least."}
     )
     moment_samples_per_prompt: int = field(
-        default=64, metadata={"help": "distributional: how many of them each prompt has, at least."}
+        default=512, metadata={"help": "distributional: how many of them each prompt has, at least."}
     )
     constraint_floor: float | None = field(
         default=None, metadata={"help": "b of a completion that fails a constraint, instead of 0; 1e-6, say."}
@@ -99,7 +99,6 @@ class FDPGConfig(SampledConfig):
             raise UserError("baseline: one is E[p/pi], the mean pseudo-reward of forward_kl alone; use leave_one_out")
         if self.baseline == "auto":
             self.baseline = "one" if self.divergence == "forward_kl" else "leave_one_out"
-        self._check_sampling()
 
     def build_target(self) -> Target:
         """The target that is asked for. Raises UserError for values that make none."""
@@ -112,15 +111,15 @@ class FDPGConfig(SampledConfig):
         return DistributionalTarget(self.moments, self.constraint_floor)
 
     def _check_target(self) -> None:
-        for name, (option, value) in _BELONGS.items():
-            if getattr(self, option) != value:
-                own = getattr(self, option)
-                refuse_inherited(self, {name: f"it belongs to {option}: {value}, and this run's is {own}"})
+        refuse_foreign(self, _BELONGS)
         if self.moments is not None:
             numbers = isinstance(self.moments, list) and all(type(moment) in (int, float) for moment in self.moments)
             require(numbers, "moments", self.moments, "a list of numbers, one for each of reward_funcs")
         if self.target == "reward" and self.constraint_floor is not None:
             raise UserError("constraint_floor belongs to constraints, and a reward target has none; leave it out")
+        fixed = {0, 1} & set(self.moments or ())
+        if self.target == "distributional" and self.constraint_floor is not None and not fixed:
+            raise UserError("constraint_floor belongs to constraints, and no moment here is 0 or 1; leave it out")
         steep = DIVERGENCES[self.divergence].slope_at_infinity == float("inf")
         if self.build_target().may_be_zero and steep:
             raise UserError(
@@ -130,6 +129,7 @@ class FDPGConfig(SampledConfig):
             )
 
     def _check_sampling(self) -> None:
+        super()._check_sampling()
         for name, values in _PLAIN_SAMPLING.items():
             value = getattr(self, name)
             if value not in values:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from llmalign.errors import UserError
 from llmalign.losses.filters import STRATEGIES
-from llmalign.trainers.configs import _positive, require
+from llmalign.trainers.configs import _positive, refuse_foreign, require
 from llmalign.trainers.sampled_configs import SampledConfig
 
 HEAD, MODEL = "head", "model"
@@ -17,6 +17,11 @@ _CHOICES = {
     "advantage": (GAE, GROUP),
     "critic": (HEAD, MODEL),
     "whitening": (AFTER, BEFORE),
+}
+_BELONGS = {
+    "power": ("strategy", "power"),
+    "draws": ("selection", RESAMPLE),
+    **{name: ("advantage", GAE) for name in ("gamma", "gae_lambda", "value_clip")},
 }
 _OF_THE_CRITIC = ("critic_model_name_or_path", "critic_learning_rate", "value_coef")
 
@@ -74,8 +79,8 @@ class PFPPOConfig(SampledConfig):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         if self.reward_clip is not None:
             _positive(self, "reward_clip")
+        refuse_foreign(self, _BELONGS)
         if self.draws is not None:
-            require(self.selection == RESAMPLE, "draws", self.draws, "left open under selection: exact")
             _positive(self, "draws")
         self._check_critic()
 

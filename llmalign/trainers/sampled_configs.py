@@ -1,6 +1,7 @@
 """Configs of the on-policy methods: TRL's sampling options, and what the loss and the reward of each need."""
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 
 import trl
@@ -107,7 +108,8 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
             super().__post_init__()
             return
         steps = self.steps_per_generation or self.gradient_accumulation_steps
-        rollout = self.generation_batch_size or self.per_device_train_batch_size * steps
+        own = self.per_device_train_batch_size * steps
+        rollout = self.generation_batch_size or own * int(os.environ.get("WORLD_SIZE", "1"))
         rule = "at least 2: advantages are whitened over a rollout"
         require(rollout > 1, "per_device_train_batch_size", rollout, rule)
         self.num_generations, self.num_generations_eval = rollout, self.num_generations_eval or 1
@@ -122,6 +124,8 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
             raise UserError(
                 "use_transformers_continuous_batching is refused on a CPU: it is slower there; leave it off"
             )
+        if self.use_vllm and self.sampling_batch_size is not None:
+            raise UserError("sampling_batch_size is set, but vLLM has batches of its own; leave it out")
         known = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
         twice = sorted(known & set(self.generation_kwargs or ()))
         if twice:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +107,14 @@ class Store:
         kept = self.load(cell, code)
         if kept is not None:
             return kept
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), _cpu_seconds()
         result = experiment(cell)
         record = {
             "cell": asdict(cell),
             "code": code,
             "result": result,
             "wall_seconds": round(time.perf_counter() - wall, 2),
-            "cpu_seconds": round(time.process_time() - cpu, 2),
+            "cpu_seconds": round(_cpu_seconds() - cpu, 2),
             "torch": torch.__version__,
         }
         write_atomically(self._path(cell, code, ".json"), json.dumps(record, allow_nan=False))
@@ -121,16 +122,26 @@ class Store:
         return json.loads(json.dumps(record))
 
     def model(self, cell: Cell, code: str, build: Callable[[Path], None]) -> Path:
-        """The folder that `build` filled for this cell, built aside and renamed: a folder in place is a whole one."""
+        """The folder that `build` filled for this cell, built aside and renamed: a folder in place is a whole one.
+
+        Of several processes one builds, and the others wait for it.
+        """
         path = self._path(cell, code, "")
-        if path.exists():
-            return path
-        aside = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        build(aside)
-        aside.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f"{path.name}.lock")):
+            if path.exists():
+                return path
+            aside = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            build(aside)
+            aside.rename(path)
         return path
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended: sandboxes are such."""
+    return sum(os.times()[:4])
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -66,6 +66,9 @@ HEADINGS = {
     "distinct_2": "distinct-2",
     "self_bleu": "self-BLEU",
 }
+LEARNT = frozenset(
+    ("_trl", "configs", "fdpg", "fdpg_config", "partition", "proposals", "rollouts", "sampled_configs", "text_scores")
+)
 FLOORED = frozenset({"reverse_kl", "chi2_reverse"})  # infinite under a constraint: b of a failure is 1e-6 for them
 WORD = {"target": "pointwise", "prompt": "Once upon a time", "patterns": [r"\bdogs?\b"]}
 SHARES = {
@@ -347,7 +350,8 @@ CLAIM = Claim(
         *(path for path in package_files("llmalign.losses") if path.stem == "divergences"),
         *(path for path in package_files("llmalign.rewards") if path.stem == "targets"),
         *(path for path in package_files("llmalign.evaluation") if path.stem == "diversity"),
-        *(path for path in package_files("llmalign.trainers") if path.stem in ("fdpg", "partition", "proposals")),
+        *(path for path in package_files("llmalign.trainers") if path.stem in LEARNT),
+        *package_files("llmalign.scores"),
     ),
     needs=MODEL_VARIABLE,
 )

@@ -14,7 +14,7 @@ from llmalign.trainers.sampled_configs import MDPOConfig, SampledConfig
 
 STEPS = {"passes": 4}
 NO_DIVERGENCE = 1e9
-SEEDS = range(1, 9)  # with three the difference is within chance
+SEEDS = range(11, 19)  # with three the difference is within chance; on these nothing was looked at before
 PLAIN = {"step_size": 1.0, "floor": 0.05}
 #: the learning rate is the best of a grid in a run of another seed, both where two tied; t falls to `floor`
 METHODS: dict[str, dict[str, Any]] = {

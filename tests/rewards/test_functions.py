@@ -217,11 +217,13 @@ def test_what_would_be_passed_on_can_be_held_back(error):
         return [1.0] * len(completions)
 
     guarded = guard(stops)
-    guarded.hold_back()
-    same(call(guarded, ["a", "b"]), [math.nan, math.nan])
+    with guarded.holding_back():
+        same(call(guarded, ["a", "b"]), [math.nan, math.nan])
     assert guarded.held is error and not guarded.failed
-    guarded.hold_back()
-    assert call(guarded, ["a"]) == [1.0] and guarded.held is None
+    with guarded.holding_back():
+        assert call(guarded, ["a"]) == [1.0] and guarded.held is None
+    with pytest.raises(type(error)):
+        call(guarded, ["a", "b"])
 
 
 def test_rows_that_do_not_apply_are_no_failures():

@@ -43,7 +43,10 @@ METHODS = {
     "fdpg-moments": (
         FDPGTrainer,
         FDPGConfig,
-        {"target": "distributional", "moments": [2.2], "moment_samples": 32, "divergence": "forward_kl"},
+        {
+            "target": "distributional", "moments": [2.2], "moment_samples": 32, "moment_samples_per_prompt": 4,
+            "divergence": "forward_kl",
+        },
     ),
 }  # fmt: skip
 COMMON = {

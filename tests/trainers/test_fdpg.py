@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmalign import losses
 from llmalign.errors import UserError
+from llmalign.rewards.targets import DistributionalTarget
 from llmalign.trainers.fdpg import FDPGTrainer
 from llmalign.trainers.fdpg_config import FDPGConfig
 from llmalign.trainers.rollouts import groups_of
@@ -341,6 +342,31 @@ def test_moments_are_means_over_prompts(tmp_path):
     assert abs(means[0] - means[1]) > 0.1 and sum(means) / 2 == pytest.approx(0.7, abs=0.03)
 
 
+@pytest.mark.parametrize(("groups", "prompts"), [(16, 4), (18, 4), (3, 1)])
+def test_each_prompt_that_lambda_is_solved_on_has_its_completions(groups, prompts, tmp_path):
+    trainer = runs.build("fdpg-moments", tmp_path, moment_samples_per_prompt=16)  # four groups of four
+    drawn = [row["prompt"] for row in trainer._prompts_to_fit(groups)]
+    counts = {prompt: drawn.count(prompt) for prompt in drawn}
+    assert len(drawn) == groups and len(counts) == prompts and min(counts.values()) >= min(4, groups)
+
+
+def test_too_few_completions_of_each_prompt_show(tmp_path, caplog):
+    """The true moments are off on the other side by about as much as those of the halves."""
+    caplog.set_level("WARNING", logger="llmalign")
+    found = {}
+    for each in (10, 1000):
+        target, gaps = DistributionalTarget([0.5]), []
+        for seed in range(5):
+            generator = torch.Generator().manual_seed(seed)
+            features = (torch.rand(4000, generator=generator) < 0.1).double()
+            report = target.fit(features, None, torch.arange(4000) // each)
+            odds = 0.1 / 0.9 * math.exp(target.lambdas[0])
+            gaps.append((odds / (1 + odds) - 0.5, report.biased))
+        found[each] = [sum(column) / len(gaps) for column in zip(*gaps, strict=True)]
+    assert found[10][0] > 0.1 and found[10][1] > 0.05
+    assert abs(found[1000][0]) < 0.02 and found[1000][1] < 0.01
+
+
 def test_what_the_target_cannot_hold_is_named_with_its_prompt(tmp_path):
     def huge(prompts, completions, **columns):
         return [1e38] * len(prompts)
@@ -441,9 +467,11 @@ def test_offline_resumes_to_the_same_weights(peft, tmp_path):
         ({"beta": 0.5}, "beta=0.5 .* belongs to target: reward"),
         ({"target": "reward", "constraint_floor": 1e-6}, "constraint_floor belongs to constraints"),
         ({"reward_weights": [2.0]}, "reward_weights=.* belongs to target: reward"),
+        ({"target": "distributional", "moments": [0.5], "constraint_floor": 1e-6}, "no moment here is 0 or 1"),
         ({"constraint_floor": 2.0}, "floor must lie between"),
         ({"baseline": "one"}, "baseline: one"),
         ({"baseline": "mean"}, "baseline must be one of"),
+        ({"use_transformers_continuous_batching": True}, "refused on a CPU"),
         ({"temperature": 0.7}, "temperature must be 1"),
         ({"top_p": 0.9}, "top_p must be 1"),
         ({"top_k": 50}, "top_k must be 0"),

@@ -153,6 +153,8 @@ def run_one(
         if channel.refused and not problem.startswith("unsupported"):
             problem = explain(Unsupported(channel.refused), channels)
         problem = problem or channel.gone
+        if channel.ended_a_loop():
+            problem = problem or "an error of the answer ended a loop of the tests"
     return problem
 
 
