@@ -2,10 +2,9 @@
 
 Nothing inside ever runs as root: the user id is given up before anything else, because the kernel does not count the
 processes of user 0 against their limit. With bubblewrap the inside has its own process, network, mount and IPC
-namespaces, /usr and the interpreter read-only, no /proc, no /etc and no environment; with Landlock it may read the
-interpreter and the system's libraries. In both it can write nowhere, not even in memory: the kernel would count
-neither the size nor the number of small files against any limit of the sandbox. Installed packages are hidden, and a
-seccomp filter (x86_64, aarch64) allows no new process, no socket and no signal.
+namespaces, /usr and the interpreter read-only, a /tmp of its own of limited size, no /proc, no /etc and no
+environment; with Landlock it may read the interpreter and the system's libraries and write nowhere. In both installed
+packages are hidden, and a seccomp filter (x86_64, aarch64) allows no new process, no socket, no signal and no links.
 """
 
 import itertools
@@ -19,13 +18,13 @@ from typing import Any
 from llmalign.rewards.sandbox.inside.confine import READ_DIR, READ_FILE
 from llmalign.rewards.sandbox.interpreter import Interpreter
 
-FILE_BYTES = 16 * 1024 * 1024  # of a file, where nothing keeps the inside from writing one
+TMP_BYTES = 16 * 1024 * 1024
 THREADS = 40  # a pool of 32, and what starts them
 ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "LC_ALL": "C.UTF-8",
     "PATH": "/usr/bin:/bin",
-    "HOME": "/",
+    "HOME": "/tmp",
     "MALLOC_ARENA_MAX": "1",  # an arena of each thread would take 64 MiB of addresses from the memory limit
 }
 # Users that no one logs in as, each sandbox another one: two at once share no limit and may not touch each other. The
@@ -60,7 +59,7 @@ class Backend:
         if self.name == "landlock":
             landlock = (_landlock_rights(self.interpreter.folders), self.seccomp, os.getpid())
         counted = self.name == "bubblewrap" or self.as_other_user  # else it would count the user's own processes too
-        return {"files": FILE_BYTES, "threads": THREADS if counted else None, "landlock": landlock}
+        return {"files": TMP_BYTES, "threads": THREADS if counted else None, "landlock": landlock}
 
 
 def _bubblewrap_options(interpreter: Interpreter) -> list[str]:
@@ -80,7 +79,7 @@ def _bubblewrap_options(interpreter: Interpreter) -> list[str]:
         options += ["--tmpfs", folder, "--remount-ro", folder]
     for device in ("/dev/null", "/dev/urandom"):
         options += ["--dev-bind", device, device]
-    return [*options, "--chdir", "/", "--remount-ro", "/"]
+    return [*options, "--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
 
 
 @lru_cache(maxsize=2)

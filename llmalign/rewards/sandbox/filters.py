@@ -1,8 +1,8 @@
 """The system calls that a sandboxed interpreter may make, as a seccomp program in the kernel's own format.
 
 Everything not listed fails with EPERM: in particular making processes (threads are allowed), sockets other than a
-connected pair, signals to anyone (also by a file that signals its owner when it has data), mounting, tracing, making,
-renaming and removing files, file locks, changing owners and modes, System V objects, memory files and io_uring. Because
+connected pair, signals to anyone (also by a file that signals its owner when it has data), mounting, tracing, links,
+special files, file locks, changing owners and modes, System V objects, memory files and io_uring. Because
 no process can be made, a limit on one process's memory is a limit on the whole sandbox.
 """
 
@@ -27,6 +27,7 @@ getpgid 121 155; getsid 124 156; getuid 102 174; geteuid 107 175; getgid 104 176
 getresuid 118 148; getresgid 120 150; getgroups 115 158; uname 63 160; sysinfo 99 179; getrlimit 97 163
 getrusage 98 165; getrandom 318 278; exit 60 93; exit_group 231 94; wait4 61 260; waitid 247 95
 restart_syscall 219 128; arch_prctl 158 -; execve 59 221
+mkdir 83 -; mkdirat 258 34; unlink 87 -; unlinkat 263 35; rmdir 84 -; rename 82 -; renameat 264 38; renameat2 316 276
 ftruncate 77 46; fsync 74 82; fdatasync 75 83; umask 95 166
 socketpair 53 199; recvfrom 45 207; shutdown 48 210; getsockname 51 204; getsockopt 55 209
 """
