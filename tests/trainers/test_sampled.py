@@ -179,7 +179,9 @@ def test_sampling_in_parts_draws_for_every_prompt_in_its_place(tmp_path):
         before = sum(map(len, seen))
         seen.append(input_ids)
         count = torch.arange(before, before + len(input_ids))[:, None] + 10
-        return torch.cat([input_ids, input_ids, count, torch.full_like(count, trainer.eos_token_id)], dim=1)
+        return torch.cat(
+            [input_ids, input_ids, count, torch.full_like(count, trainer.processing_class.eos_token_id)], dim=1
+        )
 
     trainer.model.generate = echo
     groups = groups_of(runs.rollout(trainer))
