@@ -1,107 +1,28 @@
-"""f-DPG's trainer: its gradient against finite differences, its targets, Z, the proposal, and what it refuses."""
+"""f-DPG's trainer: its gradient against finite differences, its targets, Z and the proposal."""
 
 import copy
 import math
-from itertools import product
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmalign import losses
 from llmalign.errors import UserError
-from llmalign.rewards.targets import DistributionalTarget
 from llmalign.trainers.fdpg import FDPGTrainer
-from llmalign.trainers.fdpg_config import FDPGConfig
 from llmalign.trainers.rollouts import groups_of
 from tests.trainers import sampled_runs as runs
 from tests.trainers import tiny
-
-# A space of 31 completions: the end at once, or one of five tokens and then one of six, with which it is cut.
-END, WORDS = 1, 6
-SPACE = [[END], *([first, second] for first, second in product(range(WORDS), repeat=2) if first != END)]
-PROMPT = [2, 3]
-WANTED = 4
-
-
-def small_tokenizer():
-    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w0", eos_token="w1", unk_token="w0")
-
-
-def small_model(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=16, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.5,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def has_wanted(prompts, completions, completion_ids, **columns):
-    return [float(WANTED in ids) for ids in completion_ids]
-
-
-def starts_low(prompts, completions, completion_ids, **columns):
-    return [float(ids[0] < 3) for ids in completion_ids]
-
-
-class WholeSpace(FDPGTrainer):
-    """Draws every completion once."""
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
-        return [list(own) for own in SPACE]
-
-
-def small_trainer(folder, reward=has_wanted, trainer=WholeSpace, model=None, rows=1, **options):
-    given = {
-        "num_generations": len(SPACE), "per_device_train_batch_size": len(SPACE), "max_completion_length": 2,
-        "scoring": "padded", "max_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "logging_steps": 1,
-    }  # fmt: skip
-    return trainer(
-        model or small_model(),
-        reward,
-        FDPGConfig(output_dir=str(folder), use_cpu=True, **(given | options)),
-        train_dataset=Dataset.from_list([{"prompt": "w2 w3"}] * rows),
-        processing_class=small_tokenizer(),
-    )
-
-
-def all_logps(model):
-    """Log-probs (31,) of the whole space, from full logits in the model's own precision."""
-    rows = []
-    for completion in SPACE:
-        logits = model(input_ids=torch.tensor([PROMPT + completion])).logits[0]
-        logps = torch.log_softmax(logits[len(PROMPT) - 1 : -1], dim=-1)
-        rows.append(logps[torch.arange(len(completion)), torch.tensor(completion)].sum())
-    return torch.stack(rows)
-
-
-def perturbed(model, seed=1, size=0.1):
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in other.parameters():
-            weight.add_(size * torch.randn(weight.shape, generator=generator))
-    return other
-
-
-def divergence_of(model, log_p, divergence):
-    with torch.no_grad():
-        return float(losses.exact_divergence(all_logps(model), log_p, divergence))
-
-
-def log_target(base, kind, floor=None):
-    satisfied = torch.tensor([WANTED in completion for completion in SPACE])
-    if kind == "pointwise":
-        outside = -torch.inf if floor is None else math.log(floor)
-        return base + torch.where(satisfied, 0.0, outside)
-    return base + satisfied.double() / 0.5
+from tests.trainers.small_space import (
+    SPACE,
+    WANTED,
+    all_logps,
+    divergence_of,
+    has_wanted,
+    log_target,
+    perturbed,
+    small_model,
+    small_trainer,
+)
 
 
 @pytest.mark.parametrize("proposal", ["online", "offline"])
@@ -207,53 +128,6 @@ def test_metrics_are_those_of_the_space(tmp_path):
         assert float((base.exp() * drawn).sum()) == pytest.approx(float(value), rel=1e-3, abs=1e-4), name
 
 
-def test_lambda_is_fitted_reported_and_kept(tmp_path, caplog):
-    caplog.set_level("INFO", logger="llmalign")
-    options = {
-        "reward": [has_wanted, starts_low], "trainer": FDPGTrainer, "target": "distributional", "moments": [0.5, 0.4],
-        "moment_samples": 2000, "num_generations": 50, "per_device_train_batch_size": 100, "rows": 4,
-    }  # fmt: skip
-    trainer = small_trainer(tmp_path, save_strategy="steps", save_steps=1, **options)
-    trainer.train()
-    report = trainer.moment_report
-    assert report.samples == 2000 and report.reached == pytest.approx((0.5, 0.4), abs=1e-6)
-    assert "Target: moments 0.5 (reached 0.5000" in caplog.text
-    with torch.no_grad():
-        base = all_logps(small_model().double())
-    features = torch.tensor([[float(WANTED in c), float(c[0] < 3)] for c in SPACE]).double()
-    p = torch.softmax(base + features @ torch.tensor(report.lambdas).double(), 0)
-    assert (p @ features).tolist() == pytest.approx([0.5, 0.4], abs=0.05)  # lambda was solved on samples
-    first = trainer.state.log_history[0]
-    assert first["step"] == 0 and first["moments/lambda_1"] == report.lambdas[1] and first["moments/newton_steps"] > 0
-    assert "satisfied" not in first and "moment/has_wanted" in trainer.state.log_history[1]
-    resumed = small_trainer(tmp_path, max_steps=2, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert resumed.target.lambdas == list(report.lambdas) and resumed.moment_report is None
-
-
-def test_lambda_counts_completions_of_another_model_by_their_weights(tmp_path):
-    """The policy starts elsewhere than the base: the moments are still those of the base's tilt."""
-    base, policy = small_model(), perturbed(small_model(), size=0.3)
-    trainer = FDPGTrainer(
-        policy,
-        has_wanted,
-        FDPGConfig(
-            output_dir=str(tmp_path), use_cpu=True, target="distributional", moments=[0.6], moment_samples=6000,
-            num_generations=100, per_device_train_batch_size=200, max_completion_length=2, scoring="padded",
-            save_strategy="no", report_to="none", disable_tqdm=True,
-        ),
-        ref_model=copy.deepcopy(base),
-        train_dataset=Dataset.from_list([{"prompt": "w2 w3"}] * 4),
-        processing_class=small_tokenizer(),
-    )  # fmt: skip
-    runs.rollout(trainer)
-    with torch.no_grad():
-        logps = all_logps(base.double())
-    share = float(sum(logps[i].exp() for i, completion in enumerate(SPACE) if WANTED in completion))
-    exact = math.log(0.6 * (1 - share) / (0.4 * share))
-    assert trainer.target.lambdas[0] == pytest.approx(exact, abs=0.15)
-
-
 def test_prompts_without_a_satisfying_completion_are_skipped(tmp_path):
     def by_prompt(prompts, completions, **columns):
         return [float(prompt.startswith("q6")) for prompt in prompts]
@@ -316,74 +190,12 @@ def test_the_divergence_from_the_reference_is_the_policy_s_whoever_sampled(tmp_p
     assert total / weight == pytest.approx(float((own * (policy - base)).sum() / own.sum()), rel=1e-4)
 
 
-def test_moments_are_means_over_prompts(tmp_path):
-    """Two prompts, of which one begins with the wanted feature nearly always and the other nearly never."""
-
-    def by_prompt(prompts, completions, completion_ids, **columns):
-        liked = {"w2 w3": {2}, "w4 w5": {0, 2, 3, 4, 5}}
-        return [float(ids[0] in liked[prompt]) for prompt, ids in zip(prompts, completion_ids, strict=True)]
-
-    args = FDPGConfig(
-        output_dir=str(tmp_path), use_cpu=True, target="distributional", moments=[0.7], moment_samples=8000,
-        moment_samples_per_prompt=1000, num_generations=100, per_device_train_batch_size=200, max_completion_length=2,
-        scoring="padded", save_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    trainer = FDPGTrainer(
-        small_model(), by_prompt, args, processing_class=small_tokenizer(),
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in ("w2 w3", "w4 w5")]),
-    )  # fmt: skip
-    runs.rollout(trainer)
-    assert trainer.moment_report.contexts == 2 and trainer.moment_report.samples == 8000
-    model, means = small_model(), []
-    for prompt, liked in (([2, 3], {2}), ([4, 5], {0, 2, 3, 4, 5})):
-        logps = torch.stack([runs.independent_logps(model, prompt, own).sum() for own in SPACE])
-        features = torch.tensor([float(own[0] in liked) for own in SPACE]).double()
-        means.append(float((torch.softmax(logps + trainer.target.lambdas[0] * features, 0) * features).sum()))
-    assert abs(means[0] - means[1]) > 0.1 and sum(means) / 2 == pytest.approx(0.7, abs=0.03)
-
-
-@pytest.mark.parametrize(("groups", "prompts"), [(16, 4), (18, 4), (3, 1)])
-def test_each_prompt_that_lambda_is_solved_on_has_its_completions(groups, prompts, tmp_path):
-    trainer = runs.build("fdpg-moments", tmp_path, moment_samples_per_prompt=16)  # four groups of four
-    drawn = [row["prompt"] for row in trainer._prompts_to_fit(groups)]
-    counts = {prompt: drawn.count(prompt) for prompt in drawn}
-    assert len(drawn) == groups and len(counts) == prompts and min(counts.values()) >= min(4, groups)
-
-
-def test_too_few_completions_of_each_prompt_show(tmp_path, caplog):
-    """The true moments are off on the other side by about as much as those of the halves."""
-    caplog.set_level("WARNING", logger="llmalign")
-    found = {}
-    for each in (10, 1000):
-        target, gaps = DistributionalTarget([0.5]), []
-        for seed in range(5):
-            generator = torch.Generator().manual_seed(seed)
-            features = (torch.rand(4000, generator=generator) < 0.1).double()
-            report = target.fit(features, None, torch.arange(4000) // each)
-            odds = 0.1 / 0.9 * math.exp(target.lambdas[0])
-            gaps.append((odds / (1 + odds) - 0.5, report.biased))
-        found[each] = [sum(column) / len(gaps) for column in zip(*gaps, strict=True)]
-    assert found[10][0] > 0.1 and found[10][1] > 0.05
-    assert abs(found[1000][0]) < 0.02 and found[1000][1] < 0.01
-
-
 def test_what_the_target_cannot_hold_is_named_with_its_prompt(tmp_path):
     def huge(prompts, completions, **columns):
         return [1e38] * len(prompts)
 
     with pytest.raises(UserError, match="a completion of 'w2 w3' is inf.*a reward over beta"):
         runs.rollout(small_trainer(tmp_path, reward=huge, target="reward", beta=0.05))
-
-
-@pytest.mark.parametrize(
-    ("named", "picks"), [(None, ("js", False)), ("kl_p_pi", ("kl_p_pi", False)), ("reward", ("reward", True))]
-)
-def test_the_best_checkpoint_is_the_nearest(named, picks, tmp_path):
-    args = FDPGConfig(
-        output_dir=str(tmp_path), use_cpu=True, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1,
-        metric_for_best_model=named, **(runs.COMMON | {"save_strategy": "steps", "save_steps": 1}),
-    )  # fmt: skip
-    assert (args.metric_for_best_model, args.greater_is_better) == picks
 
 
 def test_evaluation_leaves_the_running_estimates_alone(tmp_path):
@@ -448,79 +260,3 @@ def test_offline_resumes_to_the_same_weights(peft, tmp_path):
     (tmp_path / "checkpoint-4" / "proposal.safetensors").unlink()
     with pytest.raises(UserError, match="proposal.safetensors"):
         build().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"divergence": "reverse_kl"}, "reverse_kl is infinite on this target.*constraint_floor"),
-        ({"divergence": "chi2_reverse", "target": "distributional", "moments": [1.0]}, "chi2_reverse is infinite"),
-        ({"divergence": "kl"}, "divergence must be one of forward_kl"),
-        ({"target": "distributional"}, "needs moments"),
-        ({"moments": [0.5]}, "moments=.* belongs to target: distributional"),
-        ({"target": "distributional", "moments": 0.5}, "moments must be a list of numbers"),
-        ({"target": "distributional", "moments": ["a"]}, "moments must be a list of numbers"),
-        ({"moment_samples": 8}, "moment_samples=8 .* belongs to target: distributional"),
-        ({"baseline_window": 8}, "baseline_window=8 .* belongs to baseline: window"),
-        ({"proposal_update_interval": 8}, "proposal_update_interval=8 .* belongs to proposal: offline"),
-        ({"vllm_structured_outputs_regex": "a*"}, "vllm_structured_outputs_regex constrains what is drawn"),
-        ({"beta": 0.5}, "beta=0.5 .* belongs to target: reward"),
-        ({"target": "reward", "constraint_floor": 1e-6}, "constraint_floor belongs to constraints"),
-        ({"reward_weights": [2.0]}, "reward_weights=.* belongs to target: reward"),
-        ({"target": "distributional", "moments": [0.5], "constraint_floor": 1e-6}, "no moment here is 0 or 1"),
-        ({"constraint_floor": 2.0}, "floor must lie between"),
-        ({"baseline": "one"}, "baseline: one"),
-        ({"baseline": "mean"}, "baseline must be one of"),
-        ({"use_transformers_continuous_batching": True}, "refused on a CPU"),
-        ({"temperature": 0.7}, "temperature must be 1"),
-        ({"top_p": 0.9}, "top_p must be 1"),
-        ({"top_k": 50}, "top_k must be 0"),
-        ({"min_p": 0.1}, "min_p must be 0"),
-        ({"repetition_penalty": 1.2}, "repetition_penalty must be 1"),
-        ({"generation_kwargs": {"no_repeat_ngram_size": 3}}, "no_repeat_ngram_size is refused"),
-        ({"mask_truncated_completions": True}, "not honoured"),
-        ({"proposal": "offline", "use_vllm": True}, "cannot use vLLM"),
-        ({"proposal": "sometimes"}, "proposal must be one of"),
-        ({"max_z": -1.0}, "max_z must be a positive"),
-        ({"moment_samples": 0}, "moment_samples must be a positive"),
-    ],
-)
-def test_bad_values_are_refused(options, sentence, tmp_path):
-    with pytest.raises(UserError, match=sentence):
-        FDPGConfig(output_dir=str(tmp_path), use_cpu=True, **(runs.COMMON | options))
-
-
-@pytest.mark.parametrize(
-    ("options", "baseline"),
-    [
-        ({"divergence": "forward_kl"}, "one"),
-        ({"divergence": "js"}, "leave_one_out"),
-        ({"divergence": "reverse_kl", "constraint_floor": 1e-6}, "leave_one_out"),
-        ({"divergence": "reverse_kl", "target": "distributional", "moments": [0.5]}, "leave_one_out"),
-        ({"divergence": "chi2_reverse", "target": "reward", "beta": 0.2, "reward_weights": [2.0]}, "leave_one_out"),
-    ],
-)
-def test_good_values_pass(options, baseline, tmp_path):
-    assert FDPGConfig(output_dir=str(tmp_path), use_cpu=True, **(runs.COMMON | options)).baseline == baseline
-
-
-def test_moments_and_features_must_be_as_many(tmp_path):
-    with pytest.raises(UserError, match="2 moments need as many reward_funcs"):
-        small_trainer(tmp_path, target="distributional", moments=[0.5, 0.5])
-
-
-def test_a_constraint_that_is_not_yes_or_no_is_refused(tmp_path):
-    def half(prompts, completions, **columns):
-        return [0.5] * len(prompts)
-
-    with pytest.raises(UserError, match="a constraint is 0 or 1"):
-        runs.rollout(small_trainer(tmp_path, reward=half))
-
-
-def test_moments_that_no_completion_shows_are_refused(tmp_path):
-    def never(prompts, completions, **columns):
-        return [0.0] * len(prompts)
-
-    options = {"trainer": FDPGTrainer, "target": "distributional", "moments": [0.5], "moment_samples": 100}
-    with pytest.raises(UserError, match="moment 0.5 of feature 0 cannot be reached"):
-        small_trainer(tmp_path, reward=never, **options).train()

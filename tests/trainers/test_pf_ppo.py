@@ -2,22 +2,16 @@
 
 import copy
 import dataclasses
-import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 from llmalign.errors import UserError
-from llmalign.trainers.pf_ppo_config import PFPPOConfig
 from llmalign.types import RolloutScores
 from tests.trainers import sampled_runs as runs
 from tests.trainers import tiny
@@ -347,140 +341,3 @@ def test_vllm_gets_the_model_s_own_weights_alone(tmp_path):
     trainer._send_weights_without(trainer.critic)
     trainer.vllm_generation.sync_weights()
     assert engine.sent == [name for name, _ in tiny.model().named_parameters()]
-
-
-def options(**given):
-    return runs.COMMON | given
-
-
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        ({"strategy": "best"}, "strategy must be one of none, best_of_n"),
-        ({"selection": "some"}, "selection must be one of exact, resample"),
-        ({"advantage": "loo"}, "advantage must be one of gae, group"),
-        ({"critic": "body"}, "critic must be one of head, model"),
-        ({"whitening": "never"}, "whitening must be one of after, before"),
-        ({"clip": 0}, "clip must be"),
-        ({"value_clip": -1.0}, "value_clip must be"),
-        ({"gae_lambda": 1.5}, "gae_lambda must be in"),
-        ({"gamma": -0.1}, "gamma must be in"),
-        ({"reward_clip": 0.0}, "reward_clip must be"),
-        ({"strategy": "power", "power": -2.0}, "power must be"),
-        ({"draws": 3}, "draws=3 .* belongs to selection: resample"),
-        ({"power": 2.0}, "power=2.0 .* belongs to strategy: power"),
-        ({"advantage": "group", "gamma": 0.9}, "gamma=0.9 .* belongs to advantage: gae"),
-        ({"use_vllm": True, "sampling_batch_size": 4}, "sampling_batch_size is set, but vLLM"),
-        ({"draws": 0, "selection": "resample"}, "draws must be"),
-        ({"critic_learning_rate": 0.0}, "critic_learning_rate must be"),
-        ({"advantage": "group", "critic": "model"}, "critic is set, but advantage: group"),
-        ({"advantage": "group", "value_coef": 0.5}, "value_coef is set, but advantage: group"),
-        ({"critic_model_name_or_path": "rm"}, "set critic: model"),
-        ({"epsilon": 0.5}, "set clip"),
-        ({"num_generations": 1}, "nothing to choose from: set strategy: none"),
-        ({"num_generations": 1, "strategy": "none", "advantage": "group"}, "num_generations must be at least 2"),
-        ({"num_generations": 1, "strategy": "none", "per_device_train_batch_size": 1}, "at least 2: advantages are"),
-    ],
-)
-def test_bad_values_are_refused(given, sentence, tmp_path):
-    with pytest.raises(UserError, match=sentence):
-        PFPPOConfig(output_dir=str(tmp_path), use_cpu=True, **options(**given))
-
-
-def test_a_critic_model_that_would_not_be_used_is_refused(tmp_path):
-    args = PFPPOConfig(output_dir=str(tmp_path), use_cpu=True, **options())
-    with pytest.raises(UserError, match="critic_model is given"):
-        runs.ModelCriticTrainer(
-            tiny.model(), runs.checksum, args, train_dataset=runs.prompts(), processing_class=tiny.tokenizer()
-        )
-
-
-SCRIPT = """
-import json, os, sys
-from llmalign.errors import UserError
-from llmalign.processes import end_processes, load_group_users
-from tests.trainers import sampled_runs as runs
-from tests.trainers import tiny
-
-load_group_users()
-start, out, wrapper, methods = *sys.argv[1:4], json.loads(sys.argv[4])
-world = int(os.environ.get("WORLD_SIZE", 1))
-if wrapper == "DeepSpeedEngine":
-    try:
-        runs.build("pf_ppo-model", out, model=start)
-        raise SystemExit("critic: model was not refused")
-    except UserError as error:
-        assert "critic: model is a second network" in str(error), error
-for method in methods:
-    folder = os.path.join(out, method)
-    trainer = runs.build(
-        method, folder, model=start, record=True, per_device_train_batch_size=16 // world,
-        max_steps=4, num_iterations=2, save_strategy="steps", save_steps=4, optim="sgd", learning_rate=1e-3,
-        lr_scheduler_type="constant", max_grad_norm=1e9,  # DeepSpeed clips policy and critic as one
-    )
-    trainer.train()
-    assert trainer.accelerator.num_processes == world
-    assert type(trainer.model_wrapped).__name__ == wrapper, type(trainer.model_wrapped).__name__
-    if trainer.is_world_process_zero():
-        with open(os.path.join(folder, "log.json"), "w") as file:
-            json.dump(trainer.state.log_history[:4], file)
-end_processes(together=True)
-"""
-
-
-def launch(folder, start, wrapper, methods, launcher=()):
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, *launcher, str(script), start, str(folder / wrapper), wrapper, json.dumps(methods)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder / wrapper
-
-
-def weights_of(folder):
-    checkpoint = folder / "checkpoint-4"
-    return load_file(checkpoint / "model.safetensors") | {
-        f"critic {name}": weight for name, weight in load_file(checkpoint / "critic.safetensors").items()
-    }
-
-
-@pytest.mark.parametrize(
-    ("wrapper", "launcher", "methods"),
-    [
-        (
-            "DistributedDataParallel",
-            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-            ["pf_ppo", "pf_ppo-model"],
-        ),
-        pytest.param(
-            "DeepSpeedEngine",
-            ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/zero3.yaml"],
-            ["pf_ppo"],
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(
-                    importlib.util.find_spec("deepspeed") is None,
-                    reason="needs DeepSpeed: pip install 'llmalign[deepspeed]'",
-                ),
-            ],
-        ),
-    ],
-)
-def test_two_processes_equal_one(wrapper, launcher, methods, tmp_path):
-    start = tiny.save(tmp_path / "start")
-    alone = launch(tmp_path, start, "LlamaForCausalLM", methods)
-    together = launch(tmp_path, start, wrapper, methods, launcher)
-    before = LlamaForCausalLM.from_pretrained(start).state_dict()
-    for method in methods:
-        logs = [json.loads((folder / method / "log.json").read_text()) for folder in (alone, together)]
-        for one, other in zip(*logs, strict=True):
-            if wrapper == "DeepSpeedEngine":  # which has one norm for both
-                one["grad_norm"] = math.hypot(one["grad_norm"], one.pop("critic/grad_norm"))
-            for name in one:
-                if name.startswith(("critic/", "kl_")) or name in ("loss", "grad_norm", "kept"):
-                    assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), (method, name)
-        one, other = (weights_of(folder / method) for folder in (alone, together))
-        assert any(not torch.equal(one[name], weight) for name, weight in before.items() if name in one)
-        for name, weight in one.items():
-            torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-5, msg=name)
