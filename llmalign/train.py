@@ -33,11 +33,16 @@ CURVES_FILE = "curves.png"
 TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second")
 SHOWN = (
     "loss", "accuracies", "accuracies_clean", "accuracies_length_matched", "longer_wins", "margins", "accuracy",
-    "drift/chosen", "residual", "reward", "kl_to_reference", "entropy",
+    "drift/chosen", "residual", "reward", "kl_to_reference", "entropy", "js", "kl_p_pi", "satisfied", "target_reward",
+    "kl_to_sampler", "kept", "critic/explained_variance",
 )  # fmt: skip
 SHARES = ("accuracies", "accuracies_clean", "accuracies_length_matched", "longer_wins")
 MORE_PANELS = (
     ("reward", "Reward of the samples", "mean over completions", None),
+    ("js", "Jensen-Shannon divergence to the target", "nats", 0.0),
+    ("satisfied", "Completions that satisfy the constraint", "share", None),
+    ("target_reward", "Reward of the policy", "reward", None),
+    ("critic/explained_variance", "Explained variance of the critic", "share", 0.0),
     ("kl_to_reference", "Divergence from the reference", "nats a completion", 0.0),
     ("entropy", "Entropy of the samples", "nats a token", None),
     ("residual", "CoPG's residual", "reward", None),
@@ -146,7 +151,7 @@ def summary(result: dict[str, Any]) -> Table:
     for name in ("measured", "before", "after"):
         table.add_column(name, justify="left" if name == "measured" else "right")
     for key in result["after"]:
-        if key.endswith(SHOWN):
+        if key.endswith(SHOWN) or "moment/" in key:
             table.add_row(key, *(_with_interval(result[when], key) for when in ("before", "after")))
     table.caption = f"{result['output_dir']}: the model, {METRICS_FILE}, {CURVES_FILE}"
     return table
@@ -157,6 +162,8 @@ def _with_interval(measured: dict[str, Any], key: str) -> str:
     if key not in measured:
         return ""
     value = measured[key]
+    if value is None:
+        return "none"
     prefix = re.split("rewards/|length/|logps/", key)[0]  # the evaluation set's name
     rows, matched = measured.get(f"{prefix}rows"), measured.get(f"{prefix}length/matched")
     if not key.endswith(SHARES) or rows is None or matched is None:
@@ -253,7 +260,13 @@ def _draw(history: list[dict[str, Any]], evaluation: Any, path: Path, title: str
         name: [{key.replace(f"eval_{name}_", "eval_"): value for key, value in entry.items()} for entry in history]
         for name in names
     }
-    logged = {key.removeprefix("eval_") for run in runs.values() for entry in run for key in entry}
+    logged = {
+        key.removeprefix("eval_")
+        for run in runs.values()
+        for entry in run
+        for key, value in entry.items()
+        if value is not None
+    }
     panels = (*PANELS, *(Panel(*panel) for panel in MORE_PANELS))
     chosen = [panel for panel in panels if panel.metric in logged]
     if chosen:

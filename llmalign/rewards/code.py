@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from llmalign.errors import UserError
@@ -66,7 +67,7 @@ def run_tests(
     results are built-in values. Any other object is unsupported, and the error says so, unless the tests are about a
     class of the program (one that they name, or the entry point): its objects stay behind proxies that equal only
     themselves, can be called, and have their attributes read and set. Callables as arguments, async functions and
-    classes of the prompt are unsupported too. Only the standard library can be imported, and nothing written.
+    classes of the prompt are unsupported too. Only the standard library can be imported.
 
     Raises UserError where no sandbox works and `allow_unsafe_execution` is not set, ValueError for arguments of another
     kind or out of range, and SandboxError (a RuntimeError) when a sandbox does not start, which says nothing of the
@@ -177,7 +178,10 @@ class CodeReward:
         """
         for name in ("tests", "entry_point"):
             if columns.get(name) is None:
-                raise UserError(f"The code reward reads the column {name!r}, which the data set does not have.")
+                raise UserError(
+                    f"The code reward reads the column {name!r} and is not given it: name it in reward_columns, or "
+                    "columns: {" + name + ": THE DATA'S NAME}"
+                )
         heads = columns.get("code_prompt") or [None] * len(completions)
         if self.prepend_prompt:
             if not all(isinstance(prompt, str) for prompt in prompts):
@@ -191,10 +195,10 @@ class CodeReward:
 
     def _judge(
         self, head: str | None, completion: Any, tests: str | Sequence[str] | None, entry_point: str | None
-    ) -> TestResult | str | None:
-        """The result; None for a row without tests; a sentence where the row or the sandbox is at fault."""
+    ) -> TestResult | str:
+        """The result, or a sentence where the row or the sandbox is at fault."""
         if not tests or not entry_point:
-            return None
+            return TestResult(0, 0, f"The row has no {'entry_point' if tests else 'tests'}.")
         try:
             code = extract_program(_text_of(completion), str(entry_point))
             known = head is not None
@@ -205,21 +209,21 @@ class CodeReward:
         except (SandboxError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
 
-    def _score(self, result: TestResult | str | None) -> float | None:
+    def _score(self, result: TestResult | str) -> float | None:
         if not isinstance(result, TestResult) or not result.total:
             return None
         if self.all_or_nothing:
             return float(result.passed == result.total)
         return result.passed / result.total
 
-    def _log(self, results: Sequence[TestResult | str | None]) -> None:
+    def _log(self, results: Sequence[TestResult | str]) -> None:
         judged = [result for result in results if isinstance(result, TestResult) and result.total]
         for row, result in enumerate(results):
             if isinstance(result, str):
                 logger.warning("Code reward: completion %d was not judged. %s", row, result)
-            elif isinstance(result, TestResult) and not result.total:
+            elif not result.total:
                 self._log_unusable(row, result.error or "")
-            elif result is not None and result.error:
+            elif result.error:
                 logger.debug("Completion %d passed %d of %d tests. %s", row, result.passed, result.total, result.error)
         reasons = Counter(_reason(result.error) for result in judged if result.error)
         logger.info(
@@ -235,6 +239,18 @@ class CodeReward:
         level = logging.DEBUG if error in self._unusable else logging.WARNING  # else once for every row of an epoch
         self._unusable.add(error)
         logger.log(level, "Code reward: the tests of completion %d cannot be used. %s", row, error)
+
+
+@lru_cache(maxsize=1)
+def _with_defaults() -> CodeReward:
+    return CodeReward()
+
+
+def code_reward(
+    prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any = None, **columns: Any
+) -> list[float | None]:
+    """`CodeReward()` as a function, for recipes: `reward_funcs: [llmalign.rewards.code:code_reward]`."""
+    return _with_defaults()(prompts, completions, completion_ids, **columns)
 
 
 def _text_of(completion: Any) -> str:

@@ -42,7 +42,7 @@ _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 def load_function(name: str, *, folder: Path | None = None) -> RewardFunction:
     """The function that `package.module:function` or `path/to/file.py:function` names, unguarded.
 
-    A module is looked up as `import` does; a file's path is relative to `folder` (default: the working directory).
+    A module is looked up as `import` does; a file's path is relative to `folder`, else to the working directory.
     `function` may be dotted (`Class.method`). Raises UserError where the module, the file or the function is not there,
     where importing it fails, and where it is a class or nothing that can be called.
     """
@@ -51,7 +51,7 @@ def load_function(name: str, *, folder: Path | None = None) -> RewardFunction:
         raise UserError(
             f"{name!r} names no reward function: write package.module:function, or path/to/file.py:function."
         )
-    module = _from_file(name, (folder or Path()) / place) if place.endswith(".py") else _from_path(name, place)
+    module = _from_file(name, folder or Path(), place) if place.endswith(".py") else _from_path(name, place)
     found: Any = module
     for part in attribute.split("."):
         if part not in dir(found):
@@ -84,9 +84,11 @@ def _from_path(name: str, place: str) -> ModuleType:
         raise _import_failed(name, error) from error
 
 
-def _from_file(name: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"{name!r}: there is no file {path}.")
+def _from_file(name: str, folder: Path, place: str) -> ModuleType:
+    path = next((path for path in (folder / place, Path(place)) if path.is_file()), None)
+    if path is None:
+        where = "in the working directory" if folder == Path() else f"in {folder} or in the working directory"
+        raise UserError(f"{name!r}: there is no file {place} {where}.")
     # The whole path is in the name: two files called rewards.py are two modules.
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     module_name = f"llmalign_reward_{path.stem}_{digest}"

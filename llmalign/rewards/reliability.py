@@ -267,7 +267,13 @@ def _describe(name: str, fit: _Fit, base: _Fit) -> Strategy:
 
 def _recommend(found: list[Strategy]) -> tuple[str, str]:
     """Of the filters clearly better than keeping everything that of the highest R^2; `none` where there is none."""
-    good = [one for one in found if np.isfinite(one.r2.value) and one.slope > 0]
+    known = [one for one in found if np.isfinite(one.r2.value)]
+    if not known:
+        return KEEPS_ALL, (
+            "none: under no strategy do both the reward and the score differ between completions, so nothing can be "
+            "said of it; score completions that are better and worse."
+        )
+    good = [one for one in known if one.slope > 0]
     if not good:
         return KEEPS_ALL, (
             "none: under no strategy does the score rise with the reward, so a filter has nothing to go by; put the "

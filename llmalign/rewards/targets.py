@@ -351,7 +351,10 @@ def _require_binary(columns: Tensor) -> None:
     wrong = (columns != 0) & (columns != 1)
     if bool(wrong.any()):
         row, place = wrong.nonzero()[0].tolist()
-        raise UserError(f"feature {place} of response {row} is {columns[row, place].item():g}; a constraint is 0 or 1.")
+        raise UserError(
+            f"feature {place} of response {row} is {columns[row, place].item():g}; a constraint is 0 or 1, numbers are "
+            "for the targets reward and distributional."
+        )
 
 
 def _log_constraint(satisfied: Tensor, floor: float | None, like: Tensor) -> Tensor:

@@ -240,6 +240,7 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMi
     _tag_names = ["llmalign"]
     _scored: Tensor
     _raw_rewards: Tensor
+    _said_no_reward = False
 
     def __init__(self, model: Any, reward_funcs: Any, args: Any, *, ref_model: Any = None, **kwargs: Any) -> None:
         tokenizer = kwargs["processing_class"] = text_tokenizer(kwargs.get("processing_class"), model)
@@ -306,6 +307,9 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMi
                     stack.enter_context(one.holding_back())
             self._raw_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.refuse_failing_rewards(len(prompts))
+        if bool(self._raw_rewards.isnan().all()) and not self._said_no_reward:
+            self._said_no_reward = True
+            logger.warning("No completion of this rollout has a reward, so nothing is learnt from it; said once.")
         return self._raw_rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> Rollout:

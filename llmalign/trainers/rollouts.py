@@ -143,7 +143,10 @@ class RolloutMixin(TextScores):
                 if held:
                     raise held[0] from None
                 raise
+        mode = "train" if self.model.training else "eval"
         for function, count in zip(guarded, counts, strict=True):
+            if count:
+                self._metrics[mode][f"rewards/{function.__name__}/failed"].append(count / rows)
             if count == rows > self.group_size:
                 raise UserError(
                     f"The reward function {function.__name__} fails on all {count} rows of a rollout; the first is "

@@ -181,7 +181,8 @@ class MDPOConfig(SampledConfig):
             steps >= 2,
             "num_iterations",
             self.num_iterations,
-            "at least 2, so that a rollout serves two steps: with one, MDPO is plain policy gradient",
+            "at least 2 (or steps_per_generation twice gradient_accumulation_steps), so that a rollout serves two "
+            "steps: with one, MDPO is plain policy gradient",
         )
 
 

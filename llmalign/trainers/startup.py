@@ -47,7 +47,7 @@ def refuse_short_data(args: Any, train_dataset: Any) -> None:
     needed = args.generation_batch_size // args.num_generations
     if isinstance(train_dataset, Dataset) and len(train_dataset) < needed:
         raise UserError(
-            f"the training data has {len(train_dataset)} prompts and a rollout takes {needed}: lower "
+            f"a rollout takes {needed} prompts and the training data has {len(train_dataset)}: lower "
             "per_device_train_batch_size or steps_per_generation, or give more prompts"
         )
 

@@ -63,6 +63,17 @@ def test_a_function_is_found_by_module_and_by_file(written, tmp_path, monkeypatc
     assert load_function("os.path:join")("a", "b") == "a/b"
 
 
+def test_a_file_is_looked_for_beside_the_recipe_and_then_where_the_command_was_given(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "mine.py").write_text("def here(prompts, **columns):\n    return [1.0] * len(prompts)\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_function("mine.py:here", folder=tmp_path / "recipes")(["a"]) == [1.0]
+    (tmp_path / "recipes" / "mine.py").write_text("def here(prompts, **columns):\n    return [2.0] * len(prompts)\n")
+    assert load_function("mine.py:here", folder=tmp_path / "recipes")(["a"]) == [2.0]
+    with pytest.raises(UserError, match="there is no file other.py in .*recipes or in the working directory"):
+        load_function("other.py:here", folder=tmp_path / "recipes")
+
+
 def test_two_files_of_one_name_are_two_modules(tmp_path):
     for folder, value in (("a", 1.0), ("b", 2.0)):
         (tmp_path / folder).mkdir()

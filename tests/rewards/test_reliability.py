@@ -158,6 +158,8 @@ def test_no_filter_is_recommended_where_it_may_be_chance_or_the_reward_is_wrong(
     wrong = reliability(*world(40, flip=-1.0), resamples=50)
     assert wrong.recommended == "none" and "put the reward right" in wrong.reason
     assert by_name(wrong)["none"].r2.value > 0.3  # R^2 alone would not tell
+    equal = reliability([[1.0, 2.0], [0.0, 3.0]] * 2, [[0.0, 1.0]] * 4, strategies=["best_of_n"], resamples=50)
+    assert equal.recommended == "none" and "nothing can be said of it" in equal.reason
     alone = reliability(*world(40), strategies=["none"], resamples=50)
     assert alone.recommended == "none" and "no filter has a higher R^2" in alone.reason
 

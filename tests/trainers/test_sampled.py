@@ -137,6 +137,20 @@ def test_a_reward_that_fails_on_every_row_of_several_prompts_stops_the_run(tmp_p
         runs.rollout(trainer)
 
 
+def test_rewards_that_are_never_there_are_said_and_shares_of_failed_rows_logged(tmp_path, caplog):
+    def never(prompts, **columns):
+        return [None] * len(prompts)
+
+    def sometimes(prompts, completions, **columns):
+        return [float("nan") if index == 0 else 1.0 for index, _ in enumerate(prompts)]
+
+    runs.build("mdpo", tmp_path, reward=never).train()
+    assert caplog.text.count("No completion of this rollout has a reward") == 1
+    trainer = runs.build("mdpo", tmp_path, reward=sometimes)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/sometimes/failed"] == 1 / 8
+
+
 def test_one_bad_prompt_alone_on_a_device_costs_itself_only(tmp_path):
     trainer = runs.build("mdpo", tmp_path, reward=lambda **columns: 1 / 0, per_device_train_batch_size=4)
     batch = runs.rollout(trainer)
@@ -193,7 +207,7 @@ def test_sampling_in_parts_draws_for_every_prompt_in_its_place(tmp_path):
 
 
 def test_fewer_prompts_than_a_rollout_are_refused(tmp_path):
-    with pytest.raises(UserError, match="has 1 prompts and a rollout takes 2"):
+    with pytest.raises(UserError, match="a rollout takes 2 prompts and the training data has 1"):
         runs.build("mdpo", tmp_path, data=runs.prompts(1))
 
 
