@@ -5,13 +5,14 @@ and all from the start before training, used in several passes.
 """
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import trl
 
 from claims import sampled, sampled_report
 from claims.cells import Cell, Result, Store
-from claims.report import Claim, Figure, Interval, Outcome, interval, values
+from claims.report import Claim, Figure, Interval, Outcome, values
 from llmalign.trainers.copg import OnlineCoPGTrainer
 from llmalign.trainers.sampled_configs import OnlineCoPGConfig
 
@@ -105,7 +106,7 @@ def _report_leads(records: list[Result]) -> dict[str, dict[str, Interval]]:
 def judge(records: list[Result]) -> Outcome:
     leads = _report_leads(records)
     found = [method for method in LABELS if values(records, "last_reward", method=method)]
-    first = interval([run[0] for m in found for run in values(records, "reward", method=m)]).mean
+    first = fmean(run[0] for m in found for run in values(records, "reward", method=m))
     said = "; ".join(
         f"{group.lower()}: " + ", ".join(f"over {LABELS[m]} {gap.text(2)}" for m, gap in gaps.items())
         for group, gaps in leads.items()

@@ -4,11 +4,12 @@ A third method takes the same steps without the divergence: it says which of the
 """
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from claims import sampled, sampled_report
 from claims.cells import Cell, Result, Store
-from claims.report import Claim, Figure, Outcome, interval, values
+from claims.report import Claim, Figure, Outcome, values
 from llmalign.trainers.mdpo import MDPOTrainer
 from llmalign.trainers.sampled_configs import MDPOConfig, SampledConfig
 
@@ -61,7 +62,7 @@ def experiment(cell: Cell, store: Store) -> Result:
 
 def judge(records: list[Result]) -> Outcome:
     found = [method for method in LABELS if values(records, "last_reward", method=method)]
-    first = interval([run[0] for m in found for run in values(records, "reward", method=m)]).mean
+    first = fmean(run[0] for m in found for run in values(records, "reward", method=m))
     leads = {m: sampled_report.lead(records, "mdpo", m) for m in ("one", "one-faster", "free")}
     return Outcome(
         holds=all(leads[m].low > 0 for m in ("one", "one-faster")),
