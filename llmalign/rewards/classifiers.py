@@ -19,6 +19,15 @@ _HEAD = "score"
 _MEAN, _STD = "reward_mean", "reward_std"
 
 
+def require_folder(path: str, way_out: str) -> None:
+    """Raise UserError for a path that is not there and no Hub name either; `runs/` is where runs of one's own lie.
+
+    Else the Hub would be asked, for a minute where there is no network, and its answer would speak of repository ids.
+    """
+    if path.startswith(("/", "./", "../", "~", "runs/")) and not Path(path).expanduser().is_dir():
+        raise UserError(f"there is no folder {path!r}; {way_out}")
+
+
 def load_classifier(
     path: str,
     *,
@@ -35,12 +44,7 @@ def load_classifier(
     missing (a language model has none, and it would be drawn at random), and where the model has several labels. Not
     covered: sharded and quantized models.
     """
-    folder = Path(path).expanduser()
-    local = path.startswith(("/", "./", "../", "~")) or (len(folder.parts) > 1 and folder.parent.is_dir())
-    if local and not folder.is_dir():  # or the Hub would be asked, for a minute where there is no network
-        raise UserError(
-            f"there is no folder {path!r}; train a model into it (trainers/reward/recipe.yaml), or check it"
-        )
+    require_folder(path, "train a model into it (trainers/reward/recipe.yaml), or check the path")
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.bfloat16 if place.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

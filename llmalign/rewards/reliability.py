@@ -138,6 +138,8 @@ class _Data:
                 raise UserError(f"Prompt {row} has fewer than two completions, so there is nothing to choose from.")
             if not np.isfinite([*own, *true]).all():
                 raise UserError(f"Prompt {row} has a reward or score that is not finite; leave the row out.")
+        if len(rewards) < 2:
+            raise UserError("One prompt says nothing of others, and intervals are over prompts: score two or more.")
         lengths = [len(own) for own in rewards]
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         padded = torch.zeros(mask.shape, dtype=torch.float64)

@@ -11,6 +11,7 @@ from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_availa
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from llmalign.errors import UserError
+from llmalign.rewards.classifiers import require_folder
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     """
     if not path:
         raise UserError("the model was built in memory, so there is no tokenizer to load: pass processing_class")
-    _require_folder(path)
+    require_folder(path, "check model_name_or_path")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -125,7 +126,7 @@ def model_arguments(
                 f"{path!r} is an adapter; a reward or preference model starts from a whole one: merge it first"
             )
         return _load_adapter(path, init, quantization, trust_remote_code), {}, init
-    _require_folder(path)
+    require_folder(path, "check model_name_or_path")
     try:
         config = AutoConfig.from_pretrained(path, revision=options.model_revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -143,12 +144,6 @@ def _load_adapter(path: str, init: dict[str, Any], quantization: Any, trust_remo
         base, quantization_config=quantization, trust_remote_code=trust_remote_code, **init
     )
     return PeftModel.from_pretrained(model, path, is_trainable=True)
-
-
-def _require_folder(path: str) -> None:
-    """A path that is not there is no Hub name either, and the Hub's own answer would speak of repository ids."""
-    if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
-        raise UserError(f"there is no folder {path!r}; check model_name_or_path")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """PF-PPO with each kind of critic on two processes, under DDP and ZeRO, against one."""
 
-import importlib.util
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from tests.invariants.launching import NEEDS_DEEPSPEED
 from tests.trainers import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -79,13 +79,7 @@ def weights_of(folder):
             "DeepSpeedEngine",
             ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/zero3.yaml"],
             ["pf_ppo"],
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(
-                    importlib.util.find_spec("deepspeed") is None,
-                    reason="needs DeepSpeed: pip install 'llmalign[deepspeed]'",
-                ),
-            ],
+            marks=NEEDS_DEEPSPEED,
         ),
     ],
 )

@@ -3,7 +3,6 @@
 Plain gradient descent: Adam would blow a difference of 1e-9 between two tiny gradients up to the learning rate.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.invariants.launching import NEEDS_DEEPSPEED
 from tests.trainers import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -122,13 +122,7 @@ def one_process(tmp_path_factory):
         pytest.param(
             "DeepSpeedEngine",
             ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/zero3.yaml"],
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(
-                    importlib.util.find_spec("deepspeed") is None,
-                    reason="needs DeepSpeed: pip install 'llmalign[deepspeed]'",
-                ),
-            ],
+            marks=NEEDS_DEEPSPEED,
         ),
     ],
 )

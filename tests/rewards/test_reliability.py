@@ -152,6 +152,11 @@ def test_a_filter_that_is_clearly_better_goes_before_one_that_may_be_so_by_chanc
     assert _recommend([keep, unsure])[0] == "none"
 
 
+def test_one_prompt_says_nothing_of_others():
+    with pytest.raises(UserError, match="score two or more"):
+        reliability([[1.0, 2.0, 3.0]], [[0.0, 1.0, 1.0]])
+
+
 def test_no_filter_is_recommended_where_it_may_be_chance_or_the_reward_is_wrong():
     few = reliability(*world(6, noise=3.0), resamples=200)
     assert few.recommended == "none" and "may be chance" in few.reason
