@@ -1,0 +1,75 @@
+"""The entry: one grammar made of all commands, and one sentence where something is wrong."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from llmalign import __version__
+from llmalign.cli import data, quickstart, rewards, training
+from llmalign.cli.common import USAGE_ERROR, is_main_process
+from llmalign.errors import UserError
+
+FAMILIES = (training, data, rewards, quickstart)  # in the order in which --help lists them
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 (the doctor found something) or 2 (it could not be done)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command == "quickstart":
+        parser.error(f"quickstart does not know {' '.join(rest)}")
+    _set_up_logging()
+    try:
+        return _run_launched(options, rest) if "RANK" in os.environ else _run(options, rest)
+    except KeyboardInterrupt:
+        if is_main_process():
+            again = "--resume auto" if options.command == "train" else "the same command"
+            print(f"llmalign: stopped; go on with {again}.", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    """The command's status; what it raised is forgotten on return, and with it the trainer that its frames held."""
+    try:
+        return options.run(options, rest)
+    except UserError as error:
+        if is_main_process():
+            print(f"llmalign: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _run_launched(options: argparse.Namespace, rest: list[str]) -> int:
+    """The same as one of the processes of a launcher. An interrupt leaves at once: the others may be mid-exchange."""
+    from llmalign.processes import end_processes, load_group_users
+
+    load_group_users()
+    status = _run(options, rest)
+    end_processes(together=status == 0)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar; `train` takes any further --key value as an override of its recipe."""
+    parser = argparse.ArgumentParser(prog="llmalign", description="Align language models with preferences.")
+    parser.add_argument("--version", action="version", version=f"llmalign {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    for family in FAMILIES:
+        family.add(commands, layout)
+    return parser
+
+
+def _set_up_logging() -> None:
+    """Plain sentences on stderr from the main process, errors alone from the others."""
+    level = logging.INFO if is_main_process() else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("llmalign").setLevel(level)
+    # The doctor counts long rows itself, and says what happens to them.
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    # Deprecations inside the libraries: nothing that a user of the command line could act on.
+    warnings.simplefilter("ignore", FutureWarning)
