@@ -56,6 +56,22 @@ def numbers(name: str, value: Any) -> list[float]:
     return [number(f"{name}[{index}]", item) for index, item in enumerate(_list(name, value))]
 
 
+def score(name: str, value: Any) -> float | None:
+    """A number, which may be missing (null) or not finite; the caller counts those. Raises Fault."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Fault(f"{name!r} must be a number or null, not {_shown(value)}")
+    return float(value)
+
+
+def scores(name: str, value: Any) -> list[float | None] | None:
+    """A list of such numbers, or null where nothing was scored. Raises Fault."""
+    if value is None:
+        return None
+    return [score(f"{name}[{index}]", item) for index, item in enumerate(_list(name, value))]
+
+
 def flag(name: str, value: Any) -> bool:
     """True or false, also written as 1 or 0. Raises Fault."""
     if value not in (True, False):
@@ -70,11 +86,15 @@ def ends_with_assistant(name: str, value: Content) -> None:
 
 
 def from_cell(name: str, cell: Any, wanted: str) -> Any:
-    """The value behind a CSV cell, which is always text: `text`, `number`, `flag` or `json`. Raises Fault."""
+    """The value behind a CSV cell, which is always text: `text`, `number`, `flag` or `json`, or `score` or `scores`,
+    which are null where the cell is empty. Raises Fault.
+    """
     if wanted == "text":
         return cell
     if isinstance(cell, list):
         return [from_cell(f"{name}[{index}]", item, wanted) for index, item in enumerate(cell)]
+    if wanted in ("score", "scores"):
+        return from_cell(name, cell, "number" if wanted == "score" else "json") if cell.strip() else None
     if wanted == "flag":
         return {"true": True, "1": True, "false": False, "0": False}.get(cell.strip().lower(), cell)
     parse: Callable[[str], Any] = float if wanted == "number" else json.loads

@@ -7,6 +7,11 @@ groups   prompt, completions (k of them), rewards (k numbers)
 prompts  prompt
 text     messages, or prompt and completion, or text
 
+and, to make pairs of (`pair_files`), with numbers that may be missing or not finite, since those are counted there:
+
+scored_groups  prompt, completions (any number of them), rewards
+comparisons    instruction, output_1, output_2, preference (from 1, the first is better, to 2)
+
 Every row also has `row_id` (int64). In a data set that is read whole it is the row's position, counted from 0, among
 all rows of its sources in the order of the list, before `where`; in a stream it is a digest of the row's content, so
 that it does not depend on how the stream is split among processes (rows of equal content share it).

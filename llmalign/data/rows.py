@@ -25,20 +25,27 @@ KINDS: dict[str, dict[str, bool]] = {  # kind -> column -> is it required
     "groups": {"prompt": False, "completions": True, "rewards": True},
     "prompts": {"prompt": True},
     "text": dict.fromkeys(("messages", "prompt", "completion", "text"), False),
+    "scored_groups": {"prompt": False, "completions": True, "rewards": True},
+    "comparisons": dict.fromkeys(("instruction", "output_1", "output_2", "preference"), True),
 }
+GROUPED = ("groups", "scored_groups")
 TEXT_SHAPES = (("messages",), ("prompt", "completion"), ("text",))
-LEADING = {"pairs": "chosen", "groups": "completions", "prompts": "prompt"}  # says whether rows are conversations
+LEADING = {"pairs": "chosen", "prompts": "prompt", **dict.fromkeys(GROUPED, "completions")}  # are rows conversations?
 TYPES = {  # column -> type; columns kept by name are numbers
     **dict.fromkeys(("prompt", "chosen", "rejected", "base", "messages", "completion", "text"), "content"),
     "completions": "contents",
     "rewards": "numbers",
     "flipped": "flag",
 }
+OWN_TYPES: dict[str, dict[str, str]] = {  # of single kinds; scores are numbers that may be missing or not finite
+    "scored_groups": {"rewards": "scores"},
+    "comparisons": {**dict.fromkeys(("instruction", "output_1", "output_2"), "content"), "preference": "score"},
+}
 CELLS = {
     "content": "text", "contents": "json", "numbers": "json", "number": "number", "flag": "flag", "text": "text",
-    "texts": "json",
+    "texts": "json", "score": "score", "scores": "scores",
 }  # fmt: skip
-LEARNED = ("chosen", "rejected", "base", "completion")
+LEARNED = ("chosen", "rejected", "base", "completion", "output_1", "output_2")
 SEEN_BY_MODEL = ("images", "image", "videos", "tools", "chat_template_kwargs")
 
 
@@ -65,13 +72,15 @@ class Layout:
             "flag": Value("bool"),
             "text": Value("string"),
             "texts": List(Value("string")),
+            "score": Value("float64"),
+            "scores": List(Value("float64")),
         }
         return Features({"row_id": Value("int64"), **{name: kinds[self._type(name)] for name in self.columns}})
 
     @property
     def columns(self) -> list[str]:
         """Names of the canonical columns, `row_id` left out."""
-        return list(dict.fromkeys(["prompt", *self.sources])) if self.kind == "groups" else list(self.sources)
+        return list(dict.fromkeys(["prompt", *self.sources])) if self.kind in GROUPED else list(self.sources)
 
     def canonical(self, row: Row, *, text_cells: bool) -> Row:
         """The canonical columns of a raw row, whose values are all text where it comes from CSV. Raises Fault."""
@@ -83,8 +92,10 @@ class Layout:
         canonical = {name: self._value(name, row, text_cells) for name in self.sources}
         if self.kind == "pairs":
             _check_pair(canonical)
-        elif self.kind == "groups":
+        elif self.kind in GROUPED:
             canonical = _checked_group(canonical)
+        elif self.kind == "comparisons":
+            _check_comparison(canonical)
         elif "messages" in canonical and not any(turn["role"] == "assistant" for turn in canonical["messages"]):
             raise Fault("'messages' has no message of the assistant, so nothing to learn")
         for name in LEARNED:
@@ -101,15 +112,16 @@ class Layout:
             return checks.contents(name, value, self.conversational)
         if kind in ("text", "texts"):
             return (checks.content if kind == "text" else checks.contents)(name, value, False)
-        return {"numbers": checks.numbers, "number": checks.number, "flag": checks.flag}[kind](name, value)
+        checked = {"numbers": checks.numbers, "number": checks.number, "flag": checks.flag}
+        return {**checked, "score": checks.score, "scores": checks.scores}[kind](name, value)
 
     def _type(self, name: str) -> str:
-        return dict(self.carried).get(name) or TYPES.get(name, "number")
+        return dict(self.carried).get(name) or _type_in(self.kind, name)
 
     def _cell(self, name: str, row: Row) -> Any:
         source, wanted = self.sources[name], CELLS[self._type(name)]
         if isinstance(source, list):
-            inner = {"contents": "text", "numbers": "number"}.get(self._type(name), wanted)
+            inner = {"contents": "text", "numbers": "number", "scores": "score"}.get(self._type(name), wanted)
             return checks.from_cell(name, checks.pick(row, source), inner)
         if source in row or "." not in source:
             return checks.from_cell(name, checks.pick(row, source), wanted)
@@ -138,7 +150,7 @@ def settle(
     for name in known:
         if mapped.get(name) is not None:
             sources[name] = mapped[name]
-        elif name not in mapped and first.get(name) is not None:
+        elif name not in mapped and (first.get(name) is not None or _may_be_null(kind, name) and name in first):
             sources[name] = name
         elif KINDS[kind].get(name, True):
             raise Fault(f"has no {name!r}; it has: {', '.join(first)}; say with `columns` what stands for {name!r}")
@@ -146,7 +158,7 @@ def settle(
         sources = _text_shape(sources, first)
     watched = tuple(name for name in KINDS[kind] if name not in sources and name not in mapped and kind != "text")
     leading = sources[LEADING[kind]] if kind in LEADING else next(iter(sources.values()))
-    conversational = not text_cells and _is_conversation(checks.pick(first, leading), nested=kind == "groups")
+    conversational = not text_cells and _is_conversation(checks.pick(first, leading), nested=kind in GROUPED)
     carried = tuple((name, _carried(name, checks.pick(first, sources[name]))) for name in keep if kind == "prompts")
     return Layout(kind, sources, conversational, watched, carried)
 
@@ -155,6 +167,14 @@ def has_columns(dataset: Iterable[Row], *columns: str) -> bool:
     """Whether the rows of a data set or stream have all of the columns, by its first row."""
     first = next(iter(dataset))
     return all(column in first for column in columns)
+
+
+def _type_in(kind: str, name: str) -> str:
+    return OWN_TYPES.get(kind, {}).get(name) or TYPES.get(name, "number")
+
+
+def _may_be_null(kind: str, name: str) -> bool:
+    return _type_in(kind, name) in ("score", "scores")
 
 
 def _text_shape(sources: dict[str, Any], first: Row) -> dict[str, Any]:
@@ -197,13 +217,25 @@ def _check_pair(row: Row) -> None:
         raise Fault("has no 'prompt', and 'chosen' and 'rejected' do not begin with the same words")
 
 
+def _check_comparison(row: Row) -> None:
+    for name in ("output_1", "output_2"):
+        if _repeats(row["instruction"], row[name]):
+            raise Fault(f"repeats the whole 'instruction' in {name!r}, which must hold the answer alone")
+
+
 def _check_not_repeated(prompt: Content, name: str, completion: Content) -> None:
-    if isinstance(prompt, list) and len(completion) > len(prompt) and completion[: len(prompt)] == prompt:
+    if _repeats(prompt, completion):
         raise Fault(f"repeats the whole 'prompt' in {name!r}; write `columns: {{prompt: null}}` to have it split out")
+
+
+def _repeats(prompt: Content, completion: Content) -> bool:
+    return isinstance(prompt, list) and len(completion) > len(prompt) and completion[: len(prompt)] == prompt
 
 
 def _checked_group(row: Row) -> Row:
     completions, rewards = row["completions"], row["rewards"]
+    if rewards is None:
+        rewards = row["rewards"] = [None] * len(completions)
     if len(completions) != len(rewards):
         raise Fault(f"has {len(completions)} completions and {len(rewards)} rewards")
     for index, completion in enumerate(completions):
