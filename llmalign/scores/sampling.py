@@ -1,9 +1,11 @@
-"""Completions sampled from a model, reproducibly."""
+"""Completions sampled from a model, reproducibly, each prompt read once for all of its completions."""
 
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -14,7 +16,6 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted(i for i in ids if i is not None)
 
 
-@torch.no_grad()
 def sample_completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -27,18 +28,75 @@ def sample_completions(
     batch_size: int = 32,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> list[list[int]]:
-    """Sample one completion per prompt and return its token ids, the end token included where one was produced.
+    """Sample one completion per prompt and return its token ids: `sample_groups` with one sample."""
+    groups = sample_groups(
+        model,
+        tokenizer,
+        prompt_ids,
+        samples=1,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [group[0] for group in groups]
 
-    Prompts are batched by length, longest first, so an out-of-memory shows at once. `temperature` 0 is greedy.
-    The caller's random state, the model's mode and its generation config are untouched; the same seed, prompts and
-    batch size give the same completions. `progress` wraps the iterable of batch starts. Not covered: beam search,
-    several completions a prompt (repeat the prompt), models split over ranks (ZeRO-3, FSDP).
+
+@torch.no_grad()
+def sample_groups(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+) -> list[list[list[int]]]:
+    """Sample completions of each prompt, token ids with the end token included where one was produced.
+
+    Prompts are batched by length, longest first, so an out-of-memory shows at once; a batch has `batch_size`
+    completions, or those of one prompt. With several samples a prompt is read once, where the model keeps a plain cache
+    of keys and values; another model reads it for each of them. `temperature` 0 is greedy. The caller's random state,
+    the model's mode and its generation config are untouched; the same seed, prompts and batch size give the same
+    completions. `progress` wraps the iterable of batch starts. Not covered: beam search, models split over ranks
+    (ZeRO-3, FSDP).
     """
-    ends = end_token_ids(model, tokenizer)
+    config = generation_config(
+        tokenizer, end_token_ids(model, tokenizer), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+    )
+    device = model.device
+    order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
+    at_a_time = max(1, batch_size // samples)
+    starts: Iterable[int] = range(0, len(order), at_a_time)
+    groups: list[list[list[int]]] = [[] for _ in prompt_ids]
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in progress(starts) if progress is not None else starts:
+            rows = order[start : start + at_a_time]
+            ids, mask = _padded_left([prompt_ids[i] for i in rows], tokenizer.pad_token_id)
+            drawn = _generate(model, ids.to(device), mask.to(device), samples, config)
+            for place, i in enumerate(rows):
+                own = drawn[place * samples : (place + 1) * samples]
+                groups[i] = [cut_at_end(tokens, config.eos_token_id or []) for tokens in own]
+    model.train(was_training)
+    return groups
+
+
+def generation_config(
+    tokenizer: PreTrainedTokenizerBase, ends: list[int], *, max_new_tokens: int, temperature: float, top_p: float
+) -> GenerationConfig:
+    """A config that leaves nothing which changes the distribution to the model's own; temperature 0 is greedy."""
     greedy = temperature == 0
-    # Every option that changes the distribution is set: what is left open would come from the model's own config.
-    # Greedy search has the library's defaults for the rest, or it warns that they have no effect.
-    config = GenerationConfig(
+    # Greedy search has the library's defaults for what it does not read, or it warns that they have no effect.
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
@@ -50,28 +108,46 @@ def sample_completions(
         no_repeat_ngram_size=0,
         use_cache=True,
     )
-    device = model.device
-    order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
-    starts: Iterable[int] = range(0, len(order), batch_size)
-    completions: list[list[int]] = [[] for _ in prompt_ids]
-    was_training = model.training
-    model.eval()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for start in progress(starts) if progress is not None else starts:
-            rows = order[start : start + batch_size]
-            width = max(len(prompt_ids[i]) for i in rows)
-            pads = [width - len(prompt_ids[i]) for i in rows]
-            ids = [[tokenizer.pad_token_id] * pad + list(prompt_ids[i]) for pad, i in zip(pads, rows, strict=True)]
-            mask = [[0] * pad + [1] * (width - pad) for pad in pads]
-            output = model.generate(
-                input_ids=torch.tensor(ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=config,
-            )
-            for i, tokens in zip(rows, output[:, width:].tolist(), strict=True):
-                stops = [position for position, token in enumerate(tokens) if token in ends]
-                completions[i] = tokens[: stops[0] + 1] if stops else tokens
-    model.train(was_training)
-    return completions
+
+
+def cut_at_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens up to the first that ends a text, which stays."""
+    stops = [position for position, token in enumerate(tokens) if token in ends]
+    return tokens[: stops[0] + 1] if stops else tokens
+
+
+def _padded_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    pads = [width - len(ids) for ids in prompts]
+    ids = [[pad_token_id] * pad + list(own) for pad, own in zip(pads, prompts, strict=True)]
+    return torch.tensor(ids), torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+
+
+def _generate(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, samples: int, config: GenerationConfig
+) -> list[list[int]]:
+    """The new tokens of `samples` completions of each row, row by row."""
+    options = {}
+    if samples > 1 and ids.shape[1] > 1:
+        cache = _read_prompts(model, ids[:, :-1], mask[:, :-1])
+        if cache is not None:
+            cache.batch_repeat_interleave(samples)
+            options["past_key_values"] = cache
+        ids, mask = ids.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
+    elif samples > 1:
+        ids, mask = ids.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
+    return output[:, ids.shape[1] :].tolist()
+
+
+def _read_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> DynamicCache | None:
+    """Keys and values of all prompt tokens but the last, or None for a model that keeps anything else.
+
+    Sliding windows, states of recurrent layers and caches of other kinds are not known to survive being repeated.
+    """
+    cache = DynamicCache(config=model.config)
+    if not all(type(layer) is DynamicLayer for layer in cache.layers):
+        return None
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    return cache if output.past_key_values is cache else None
