@@ -11,25 +11,27 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part of the package may import from the package; parts of one folder may always import each other.
 LEAVES = {"errors", "types"}
-LIBRARY = {"losses", "scores", "data", "rewards"}
+LIBRARY = {"losses", "scores", "data", "rewards", "judges"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "losses": {"types"},
     "scores": {"types", "errors"},
     "data": {"errors", "assets", "types"},
-    "rewards": {"errors", "types", "scores", "losses"},
+    "judges": {"errors", "types"},
+    "rewards": {"errors", "types", "scores", "losses", "judges"},
     "embedded": {"errors", "assets"},
     "assets": {"errors"},
     "values": {"errors"},
     "processes": {"errors"},
-    "evaluation": {"errors", "types", "losses", "scores", "data"},
+    "evaluation": {"errors", "types", "losses", "scores", "data", "judges"},
     "trainers": LEAVES | LIBRARY | {"evaluation", "processes"},
     "diffusion": LEAVES | {"losses", "data", "trainers"},
     "recipe": LEAVES | {"assets", "values", "data", "trainers"},
     "prepare": LEAVES | {"data", "recipe", "trainers"},
     "train": LEAVES | LIBRARY | {"prepare", "recipe", "trainers", "embedded", "evaluation"},
     "fill": LEAVES | {"data", "prepare", "recipe", "train", "trainers"},
+    "loop": LEAVES | LIBRARY | {"evaluation", "prepare", "recipe", "train", "trainers"},
     "sweep": LEAVES | {"evaluation", "recipe", "train", "trainers"},
     "quickstart": LEAVES | LIBRARY | {"prepare", "recipe", "train", "trainers", "embedded", "evaluation", "assets"},
 }

@@ -1,0 +1,122 @@
+"""Judges that compare two answers: P(first beats second | prompt), as a model behind an endpoint sees it."""
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from llmalign.errors import UserError
+from llmalign.judges.chat import Answer, ChatRequest, Failure
+from llmalign.judges.client import JudgeClient
+from llmalign.judges.reading import Letters, is_switched, letter_preference, logprob_preference
+from llmalign.judges.template import DEFAULT_TEMPLATE, Content, Template, render
+
+logger = logging.getLogger(__name__)
+
+Reading = Literal["logprobs", "text"]
+_TEXT_TOKENS = 16
+
+
+class PairwiseJudge:
+    """Asks a judge which of two answers is better.
+
+    `answers` says how it is read: `logprobs` takes the probability of the two letters from the first token's
+    `top_logprobs`, `text` the letter that the answer names. With `both_orders` every pair is shown in both orders and
+    the two are averaged; else AlpacaEval's rule with `order_seed` says, from the prompt, which answer stands first.
+    `template` is the question (`Template`); a template of one's own that names other letters needs `letters`.
+    `max_tokens` None: 1 for log-probs, 16 for text. A row without an answer that can be read is NaN, counted in
+    `failed`, and each reason is logged once. Identical answers are 0.5 without a question.
+
+    Raises UserError for settings that cannot be meant. Not covered: answers that reason before they name a letter.
+    """
+
+    def __init__(
+        self,
+        client: JudgeClient,
+        *,
+        answers: Reading,
+        both_orders: bool = False,
+        template: str = DEFAULT_TEMPLATE,
+        letters: Letters = ("A", "B"),
+        order_seed: int = 0,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        top_logprobs: int = 5,
+        progress: bool = False,
+    ) -> None:
+        if answers not in ("logprobs", "text"):
+            raise UserError(f"a judge's answers are read as logprobs or as text, not as {answers!r}")
+        if len(set(letters)) != 2 or any(not letter or letter.strip() != letter for letter in letters):
+            raise UserError("a judge names two different letters, without white space around them")
+        if answers == "logprobs" and top_logprobs < 2:
+            raise UserError("a judge's two letters need top_logprobs of at least 2")
+        self.client, self.failed = client, 0
+        self._both_orders, self._order_seed, self._progress = both_orders, order_seed, progress
+        self._template, self._letters, self._by_logprobs = Template(template), letters, answers == "logprobs"
+        self._temperature, self._seed = temperature, seed
+        self._max_tokens = max_tokens or (1 if self._by_logprobs else _TEXT_TOKENS)
+        self._top_logprobs = top_logprobs if self._by_logprobs else None
+        self._named = " and ".join(letters)
+        self._logged: set[str] = set()
+
+    def score(self, prompts: Sequence[Content], first: Sequence[Content], second: Sequence[Content]) -> list[float]:
+        """P(first beats second) of each of N pairs, NaN where the judge gave no answer that can be read.
+
+        Raises JudgeStopped and BudgetSpent as the client does; repeating the call pays for nothing twice.
+        """
+        if not len(prompts) == len(first) == len(second):
+            raise UserError(f"{len(prompts)} prompts need as many answers, got {len(first)} and {len(second)}")
+        rows = [
+            (render(prompt), render(a, answer=True), render(b, answer=True))
+            for prompt, a, b in zip(prompts, first, second, strict=True)
+        ]
+        asked = [(index, turned) for index, row in enumerate(rows) for turned in self._orders(*row)]
+        replies = self.client.ask([self._request(*rows[index], turned) for index, turned in asked], self._progress)
+        scores: list[list[float]] = [[] for _ in rows]
+        for (index, turned), reply in zip(asked, replies, strict=True):
+            shown_first = self._read(reply)
+            scores[index].append(1 - shown_first if turned else shown_first)
+        means = [math.fsum(row) / len(row) if row else 0.5 for row in scores]
+        self.failed += sum(map(math.isnan, means))
+        return means
+
+    def _orders(self, prompt: str, first: str, second: str) -> list[bool]:
+        """In which orders a pair is shown; True is turned round."""
+        if first == second:
+            return []
+        return [False, True] if self._both_orders else [is_switched(prompt, self._order_seed)]
+
+    def _request(self, prompt: str, first: str, second: str, turned: bool) -> ChatRequest:
+        shown = (second, first) if turned else (first, second)
+        return ChatRequest(
+            [{"role": "user", "content": self._template.fill(prompt, *shown)}],
+            max_tokens=self._max_tokens,
+            temperature=self._temperature,
+            seed=self._seed,
+            top_logprobs=self._top_logprobs,
+        )
+
+    def _read(self, reply: Answer | Failure) -> float:
+        if isinstance(reply, Failure):
+            return self._lost(reply.message)
+        if self._by_logprobs:
+            found = logprob_preference(reply.first_token_logprobs or {}, self._letters)
+        else:
+            found = letter_preference(reply.text, self._letters)
+        if found is not None:
+            return found
+        if self._by_logprobs:
+            return self._lost(f"neither of {self._named} is among the likeliest first tokens")
+        return self._lost(f"the text names neither or both of {self._named}", f", such as {reply.text[:80]!r}")
+
+    def _lost(self, reason: str, example: str = "") -> float:
+        # Token counts and the like differ from row to row.
+        kind = re.sub(r"\d+", "#", reason)
+        if kind not in self._logged:
+            self._logged.add(kind)
+            logger.warning(
+                "A comparison has no result: %s%s. Later ones of the kind are only counted.", reason, example
+            )
+        return math.nan
