@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llmalign.errors import UserError
-from llmalign.rewards.preference import PairText, mark_pair_preference
+from llmalign.rewards.pair_model import PairText, mark_pair_preference
 from llmalign.trainers.baselines import RewardTrainer
 from llmalign.trainers.configs import RewardConfig, refuse_inherited
 from llmalign.trainers.loading import load_tokenizer

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from llmalign import PreferenceModelConfig, PreferenceModelTrainer
 from llmalign.errors import UserError
-from llmalign.rewards.preference import PairText, load_preference_model
+from llmalign.rewards.pair_model import PairText, load_preference_model
 from llmalign.trainers.preference_model import pair_loss
 from tests.trainers import tiny
 
