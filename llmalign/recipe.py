@@ -31,6 +31,7 @@ RPO_ALPHA = (
     "`rpo_alpha` is not RPO's eta: what TRL called rpo_alpha is a length-normalised SFT term (arXiv 2404.19733), here "
     "`method: pair` with `loss: irpo` and `alpha: ...`; for RPO (arXiv 2405.16436) use `method: rpo` with `eta: ...`."
 )
+ITERATE_KEY = "oracle"
 RESUME_KEY = "`resume_from_checkpoint` is not a recipe key: start again with `--resume auto` or `--resume PATH`."
 
 
@@ -104,6 +105,7 @@ class Recipe:
     model: dict[str, Any] = field(default_factory=dict)  # the fields of ModelConfig that are set
     config: dict[str, Any] = field(default_factory=dict)  # the fields of the method's config that are set
     overridden: frozenset[str] = frozenset()  # the keys that the command line gave
+    loop: dict[str, Any] = field(default_factory=dict)  # the keys of `llmalign iterate` that are set
 
     def blame(self, error: Exception) -> str:
         """The error's sentence after where the value came from: the command line, if that gave a key it names."""
@@ -137,13 +139,16 @@ class Recipe:
             raise UserError(self.blame(error)) from error
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, loop: type | None = None) -> Recipe:
     """Read a recipe file, or a shipped one such as `trainers/rpo/recipe.yaml`, and apply `--key value` overrides.
 
-    Raises UserError naming the file and the key for anything that is not understood.
+    `loop` is the dataclass of the keys that `llmalign iterate` knows besides. Raises UserError naming the file and the
+    key for anything that is not understood.
     """
     found = find_recipe(path)
     given = read_yaml(found)
+    if loop is None and ITERATE_KEY in given:
+        raise UserError(f"{path} names an oracle, so it is a recipe of several rounds: llmalign iterate {path}")
     given_overrides = parse_overrides(overrides)
     if given_overrides.get("dataset_name", given.get("dataset_name")) != given.get("dataset_name"):
         given = _without_its_data(given)
@@ -157,6 +162,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         "limits": _limit_hints(),
         "model": _init_hints(ModelConfig),
         "config": _init_hints(method.config),
+        "loop": {} if loop is None else _init_hints(loop),
     }
     choices = {
         entry.name: entry.metadata["choices"]
@@ -183,6 +189,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         model=values["model"],
         config={"output_dir": f"runs/{method.name}", **values["config"]},
         overridden=overridden,
+        loop=values["loop"],
     )
 
 

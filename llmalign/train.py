@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from rich.table import Table
 from transformers import set_seed
 from transformers.trainer_pt_utils import get_model_param_count
@@ -52,11 +53,13 @@ MORE_PANELS = (
 )
 
 
-def run(recipe: Recipe, resume: str | None = None) -> dict[str, Any]:
+def run(recipe: Recipe, resume: str | None = None, rows: Dataset | None = None) -> dict[str, Any]:
     """Train as the recipe says and return what was measured, which `<output_dir>/metrics.json` holds too.
 
     `resume` is None, `auto` or the path of a checkpoint. Every evaluation set is measured before the first step and
-    after the last. Raises UserError, with nothing written, for a recipe, a model or data that cannot be trained on.
+    after the last. `rows` are token ids to train on instead of the recipe's data, as the method's collator takes them;
+    nothing is measured then. Raises UserError, with nothing written, for a recipe, a model or data that cannot be
+    trained on.
     """
     started = time.perf_counter()
     config = recipe.training_config()
@@ -73,14 +76,17 @@ def run(recipe: Recipe, resume: str | None = None) -> dict[str, Any]:
     tokenizer = load_tokenizer(path, revision=options.model_revision, trust_remote_code=config.trust_remote_code)
     if recipe.config.get("eos_token"):
         tokenizer.eos_token = config.eos_token
-    data = prepare(recipe, tokenizer, config, end_ids(tokenizer, path, options.model_revision))
+    own = Data(train=rows, evaluation=None, reports={})
+    ends = end_ids(tokenizer, path, options.model_revision)
+    data = prepare(recipe, tokenizer, config, ends) if rows is None else own
     fingerprint[TRAIN_ROWS] = data.train_digest()
     guard_output_dir(config.output_dir, resume, fingerprint, harmless)
     finished = Path(config.output_dir) / METRICS_FILE
     if resume is not None and finished.is_file():
         logger.info("%s is there, so this run is finished already: nothing to do.", finished)
         return json.loads(finished.read_text(encoding="utf-8"))
-    _plan_evaluation(config, data, checkpoint)
+    if rows is None:
+        _plan_evaluation(config, data, checkpoint)
     trainer = build(recipe, config, replace(options, model_name_or_path=path), tokenizer, data)
     _say_what_runs(recipe, trainer)
     record_run(config.output_dir, fingerprint)

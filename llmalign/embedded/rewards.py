@@ -1,5 +1,6 @@
-"""Reward functions of the embedded world, for recipes: `llmalign.embedded.rewards:worth`."""
+"""Reward and preference functions of the embedded world, for recipes: `llmalign.embedded.rewards:worth`."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,3 +20,9 @@ def proxy(prompts: Sequence[str], completions: Sequence[str], **columns: Any) ->
 def courteous(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
     """1 for an answer with a courteous sentence, else 0."""
     return [float(traits(prompt, answer).courtesy > 0) for prompt, answer in zip(prompts, completions, strict=True)]
+
+
+def better(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    """P(first beats second) of every pair: the logistic function of the difference of their ground truths."""
+    rows = zip(prompts, first, second, strict=True)
+    return [1 / (1 + math.exp(score(prompt, other) - score(prompt, own))) for prompt, own, other in rows]

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmalign.embedded.answers import compose
 from llmalign.embedded.grammar import Prompt, split
+from llmalign.embedded.stories import openings
 from llmalign.embedded.truth import score
 from llmalign.errors import UserError
 
@@ -89,7 +90,10 @@ def as_conversation(row: Row) -> Row:
 
 
 def sample_files() -> dict[str, list[Row]]:
-    """The rows of data/samples by file name; each row says whether it is for `train` or `test` (held-out prompts)."""
+    """The rows of data/samples by file name; each says whether it is for `train` or `test` (held-out prompts).
+
+    The openings of stories are not of this world and have no split.
+    """
     files: dict[str, list[Row]] = {"sft": [], "pairs": [], "groups": [], "prompts": []}
     for name, subset, count in (("train", split()[0], 300), ("test", split()[1], 100)):
         seed = SAMPLE_SEED + (name == "test")
@@ -102,6 +106,7 @@ def sample_files() -> dict[str, list[Row]]:
         }
         for file, rows in drawn.items():
             files[file] += [row | {"split": name} for row in rows]
+    files["openings"] = [{"prompt": opening} for opening in openings(1400)]
     return files
 
 

@@ -167,9 +167,11 @@ class PairBase(
             ref_model = load_frozen(args.ref_model_name_or_path, args)
         self.explicit_reference = ref_model is not None
         self.start_may_differ = "another reference was given" if self.explicit_reference else None
-        if brings_references(kwargs["train_dataset"], kwargs.get("eval_dataset")):
+        if brings_references(kwargs["train_dataset"], kwargs.get("eval_dataset"), self.reference_columns):
             if self.explicit_reference:
-                raise UserError("the reference is given twice: by ref_chosen_logps columns and by a model; drop one")
+                raise UserError(
+                    f"the reference is given twice: by {self.reference_columns[0]} columns and by a model; drop one"
+                )
             self.start_may_differ = "the reference's log-probs come from columns"
         if ref_model is None and isinstance(model, PreTrainedModel) and not model.config._name_or_path:
             if kwargs.get("peft_config") is None:

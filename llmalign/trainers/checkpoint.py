@@ -205,7 +205,7 @@ def guard_output_dir(
     if resume is None or not set(_traces(home)) - {ASIDE, RUN_FILE}:
         return
     if (home / RUN_FILE).exists():
-        _compare(home / RUN_FILE, fingerprint, frozenset(harmless))
+        compare_recipes(home / RUN_FILE, fingerprint, frozenset(harmless))
     elif _checkpoints(home):
         logger.warning("%s has no %s, so its recipe cannot be compared with this one.", home, RUN_FILE)
     else:
@@ -219,24 +219,26 @@ def record_run(output_dir: str | Path, fingerprint: Mapping[str, Any]) -> None:
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(_as_json(fingerprint), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(as_plain(fingerprint), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _sync(temporary)
     os.replace(temporary, folder / RUN_FILE)
     _sync(folder)
 
 
-def _as_json(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def as_plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved recipe as JSON holds it, without secrets."""
     public = {key: value for key, value in fingerprint.items() if key not in SECRET_KEYS}
     plain: dict[str, Any] = json.loads(json.dumps(public, default=str))
     return plain
 
 
-def _compare(run_file: Path, fingerprint: Mapping[str, Any], harmless: frozenset[str]) -> None:
+def compare_recipes(run_file: Path, fingerprint: Mapping[str, Any], harmless: frozenset[str]) -> None:
+    """Raise UserError where the resolved recipe in `run_file` differs in more than `harmless` keys."""
     try:
         before = json.loads(run_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{run_file} is not readable as JSON ({error}); start again in a new output_dir.") from error
-    now = _as_json(fingerprint)
+    now = as_plain(fingerprint)
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted((before.keys() | now.keys()) - harmless - SECRET_KEYS)

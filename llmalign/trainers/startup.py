@@ -14,12 +14,12 @@ from llmalign.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def brings_references(train: Any, evaluation: Any) -> bool:
-    """Whether the rows bring their reference log-probs; all data sets must agree."""
+def brings_references(train: Any, evaluation: Any, columns: tuple[str, ...]) -> bool:
+    """Whether the rows bring their reference log-probs, in these columns; all data sets must agree."""
     sets = [train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
-    found = [has_columns(rows, "ref_chosen_logps", "ref_rejected_logps") for rows in sets if rows is not None]
+    found = [has_columns(rows, *columns) for rows in sets if rows is not None]
     if any(found) and not all(found):
-        raise UserError("ref_chosen_logps and ref_rejected_logps must be in every data set, or in none")
+        raise UserError(f"{' and '.join(columns)} must be in every data set, or in none")
     return all(found)
 
 

@@ -1,0 +1,245 @@
+"""`llmalign iterate`: rounds of sampling, judging, pairing, scoring, training and measuring, each stage done once."""
+
+import fcntl
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmalign.errors import UserError
+from llmalign.loop.cache import ROWS, add_logps, remove_parts
+from llmalign.loop.comparisons import Comparisons
+from llmalign.loop.config import HARMLESS, LoopConfig
+from llmalign.loop.evaluate import measure, sample_held_out
+from llmalign.loop.judge import JUDGED, judge, score
+from llmalign.loop.oracles import check_oracle, load_oracle, oracle_identity
+from llmalign.loop.pair import PAIRS, pair
+from llmalign.loop.report import plot_rounds
+from llmalign.loop.run import Run, identity
+from llmalign.loop.sample import SAMPLES, sample
+from llmalign.loop.stages import Made, Manifest, Row, digest_of, read_manifest, read_rows, write_json, write_manifest
+from llmalign.loop.train import let_go, remove_checkpoints, train
+from llmalign.recipe import Recipe
+from llmalign.rewards.preference import RewardOracle
+from llmalign.trainers.checkpoint import HARMLESS_KEYS, as_plain, compare_recipes, guard_output_dir
+
+logger = logging.getLogger(__name__)
+
+LOOP_FILE = "loop.json"
+ROUNDS_FILE = "rounds.json"
+COMPARISONS_FILE = "comparisons.sqlite"
+LOCK_FILE = ".lock"
+PICTURE_FILE = "rounds.png"
+
+
+def iterate(recipe: Recipe) -> dict[str, Any]:
+    """Go through all rounds of a recipe and return what was measured, which `<output_dir>/rounds.json` holds too.
+
+    A folder that holds a part of this run is gone on from, and ends with the bytes of a run that was never stopped.
+    Raises UserError, with nothing written, for a recipe, a model, data or an oracle that rounds cannot be made of.
+    """
+    rounds = Rounds(make_run(recipe))
+    with _alone(rounds.run):
+        _remember(rounds)
+        check_oracle(rounds.run)
+        return rounds.go()
+
+
+def make_run(recipe: Recipe) -> Run:
+    """The checked run of a recipe: its keys fit, and it has a model, a tokenizer and prompts enough."""
+    try:
+        loop = LoopConfig(**recipe.loop)
+    except UserError as error:
+        raise UserError(recipe.blame(error)) from error
+    run = Run(recipe, loop)
+    _ = run.prompts_per_round
+    return run
+
+
+class Rounds:
+    """The rounds of a run, stage after stage; what is done already is found."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._oracle = oracle_identity(run)
+        # What stands for the model of each round in a manifest.
+        self._models: dict[int, str] = {0: identity(run.start)}
+        self._reference = self._models[0] if run.reference == run.start else identity(run.reference)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides the results: the resolved recipe, and what it names by its content."""
+        return {
+            **self.run.fingerprint(),
+            "prompts_sha256": digest_of(self.run.prompts),
+            "oracle_sha256": self._oracle,
+            "start_sha256": self._models[0],
+            "reference_sha256": self._reference,
+        }
+
+    def go(self) -> dict[str, Any]:
+        """All rounds, and what was measured."""
+        run = self.run
+        stages: list[dict[str, Manifest]] = [{"evaluate": self._evaluate(0, [])}] if run.loop.eval_prompts else [{}]
+        for number in range(1, run.loop.rounds + 1):
+            stages.append(self._round(number, stages))
+            self._prune(number)
+        result = {
+            "method": run.recipe.method.name,
+            "model": str(run.options.model_name_or_path),
+            "oracle": run.loop.oracle,
+            "rounds": [_summary(number, own) for number, own in enumerate(stages)],
+            "final_model": run.model(run.loop.rounds),
+        }
+        if run.main:
+            write_json(run.folder / ROUNDS_FILE, result)
+            plot_rounds(result, run.folder / PICTURE_FILE)
+        return result
+
+    def _round(self, number: int, before: list[dict[str, Manifest]]) -> dict[str, Manifest]:
+        run, last = self.run, self._models[number - 1]
+        done: dict[str, Manifest] = {}
+        prompts = run.round_prompts(number)
+        done["sample"] = self._stage(
+            number, "sample", {"model": last, "prompts": digest_of(prompts)},
+            lambda folder: sample(run, folder, run.model(number - 1), prompts, run.loop.samples_per_prompt,
+                                  run.seed(number, "sample")),
+        )  # fmt: skip
+        samples = {"samples": done["sample"].digest()}
+        done["judge"] = self._stage(
+            number, "judge", {**samples, "oracle": self._oracle}, lambda folder: self._judge(number, folder)
+        )
+        done["pair"] = self._stage(
+            number, "pair", {**samples, "judged": done["judge"].digest()}, lambda folder: self._pair(number, folder)
+        )
+        reference = run.reference if run.loop.reference == "start" else run.model(number - 1)
+        models = {"ref": reference} | ({"last": run.model(number - 1)} if run.needs_last else {})
+        done["cache"] = self._stage(
+            number, "cache",
+            {"pairs": done["pair"].digest(), "reference": self._reference, "last": last},
+            lambda folder: add_logps(run, folder, self._rows(number, "pair", PAIRS), models),
+        )  # fmt: skip
+        done["train"] = self._stage(
+            number, "train", {"rows": done["cache"].digest(), "model": last},
+            lambda folder: train(run, number, folder, self._rows(number, "cache", ROWS)),
+        )  # fmt: skip
+        self._models[number] = done["train"].digest()
+        if run.loop.eval_prompts:
+            done["evaluate"] = self._evaluate(number, before)
+        return done
+
+    def _stage(
+        self, number: int, name: str, inputs: dict[str, str], make: Callable[[Path], Made], seed: int | None = None
+    ) -> Manifest:
+        """A stage, and its leftovers removed."""
+        manifest = self.run.stage(number, name, inputs, make, seed)
+        let_go()
+        if self.run.main:
+            folder = self.run.round_folder(number) / name
+            if name != "train":
+                remove_parts(folder)
+            elif not self.run.loop.keep_checkpoints:
+                remove_checkpoints(folder)
+        return manifest
+
+    def _judge(self, number: int, folder: Path) -> Made:
+        run = self.run
+        if not run.main:
+            return Made([])
+        samples = self._rows(number, "sample", SAMPLES)
+        with self._comparisons() as comparisons:
+            if isinstance(comparisons.oracle, RewardOracle):
+                return score(run, folder, samples, comparisons.oracle)
+            return judge(run, folder, samples, comparisons, run.seed(number, "judge"))
+
+    def _pair(self, number: int, folder: Path) -> Made:
+        if not self.run.main:
+            return Made([])
+        samples, judged = self._rows(number, "sample", SAMPLES), self._rows(number, "judge", JUDGED)
+        # The judge's seed: a plan that draws must draw again what it drew when it asked.
+        return pair(self.run, folder, samples, judged, self.run.seed(number, "judge"))
+
+    def _evaluate(self, number: int, before: list[dict[str, Manifest]]) -> Manifest:
+        run = self.run
+        inputs = {"model": self._models[number], "oracle": self._oracle, "reference": self._reference}
+        inputs |= {f"round-{earlier}": own["evaluate"].digest() for earlier, own in enumerate(before)}
+
+        seed = run.seed("evaluate")  # one for all rounds, whose answers are compared
+
+        def make(folder: Path) -> Made:
+            earlier = [self._rows(one, "evaluate", SAMPLES) for one in range(number)]
+            made = sample_held_out(run, number, folder, seed)
+            if run.main:
+                with self._comparisons() as comparisons:
+                    made.measured = measure(run, folder, earlier, comparisons)
+            return made
+
+        return self._stage(number, "evaluate", inputs, make, seed)
+
+    @contextmanager
+    def _comparisons(self) -> Iterator[Comparisons]:
+        """The oracle, loaded, with what it was asked before; both are let go again, so that training has the memory."""
+        run = self.run
+        comparisons = Comparisons(run.folder / COMPARISONS_FILE, load_oracle(run), self._oracle)
+        try:
+            yield comparisons
+        finally:
+            comparisons.oracle.close()
+            comparisons.close()
+
+    def _rows(self, number: int, stage: str, name: str) -> list[Row]:
+        return list(read_rows(self.run.round_folder(number) / stage / name))
+
+    def _prune(self, number: int) -> None:
+        """Drop the weights of rounds that no later one needs, as the recipe says; never the last ones."""
+        keep = self.run.loop.keep_rounds
+        if keep is None or not self.run.main:
+            return
+        for old in range(1, number - keep + 1):
+            folder = self.run.round_folder(old) / "train"
+            manifest = read_manifest(folder)
+            doomed = [name for name in manifest.outputs if name.endswith(".safetensors")]
+            if manifest.pruned != doomed:
+                manifest.pruned = doomed
+                write_manifest(folder, manifest)  # before the files go: a file that is missing must be known to be
+            for name in manifest.pruned:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _summary(number: int, stages: dict[str, Manifest]) -> dict[str, Any]:
+    """What a round came to: counts of its stages, and what was measured at its end."""
+    measured = stages["evaluate"].measured if "evaluate" in stages else {}
+    counts = {name: manifest.counts for name, manifest in stages.items() if name not in ("evaluate", "cache")}
+    trained = {f"{name}_{key}": value for name in ("sample", "judge", "pair", "train") if name in stages
+               for key, value in stages[name].measured.items()}  # fmt: skip
+    return {"round": number, **measured, "counts": counts, **trained}
+
+
+@contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Hold the run's folder. Raises UserError where another process works in it."""
+    if not run.main:
+        yield
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process works in {run.folder}; wait for it, or give a new output_dir") from error
+        yield
+
+
+def _remember(rounds: Rounds) -> None:
+    """Write down what decides the results, or refuse to go on with something else than the folder was begun with."""
+    run = rounds.run
+    if not run.main:
+        return
+    path, fingerprint = run.folder / LOOP_FILE, rounds.fingerprint()
+    if path.is_file():
+        # Where rounds share all prompts, more of them would give each other ones.
+        shared = {"rounds"} if run.loop.prompts_per_round is None else set()
+        compare_recipes(path, fingerprint, frozenset((HARMLESS_KEYS | HARMLESS) - shared))
+        return
+    guard_output_dir(run.folder, None, fingerprint)
+    write_json(path, dict(sorted(as_plain(fingerprint).items())))

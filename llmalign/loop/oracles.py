@@ -1,0 +1,98 @@
+"""From a recipe's keys to its oracle, and what stands for that oracle in a kept comparison."""
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmalign.errors import UserError
+from llmalign.judges import JudgeClient, PairwiseJudge
+from llmalign.judges.template import DEFAULT_TEMPLATE
+from llmalign.loop.run import Run, identity
+from llmalign.rewards.functions import guard, load_function
+from llmalign.rewards.model import load_reward_model
+from llmalign.rewards.pair_model import load_preference_model
+from llmalign.rewards.preference import FunctionOracle, JudgeOracle, ModelOracle, Oracle, RewardOracle
+
+ANSWERS_FILE = "judge-answers.sqlite"
+
+
+def oracle_identity(run: Run) -> str:
+    """A hash of everything about the oracle that decides its answers: code, weights, or judge and question."""
+    loop = run.loop
+    parts: list[str] = [str(loop.oracle), str(loop.both_orders)]
+    for name in [loop.preference_function, *(loop.reward_funcs or ())]:
+        parts += [name, _source(_function(run, name))] if name else []
+    for path in [loop.preference_model, *(loop.reward_models or ())]:
+        parts += [identity(path)] if path else []
+    if loop.oracle == "judge":
+        parts += [str(loop.judge_url), str(loop.judge_model), loop.judge_answers, template(run)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def load_oracle(run: Run) -> Oracle:
+    """The recipe's oracle, its models loaded. Raises UserError where something that it names is not there."""
+    loop, options = run.loop, {"trust_remote_code": run.config.trust_remote_code, "device": run.config.device}
+    if loop.oracle == "preference_function":
+        name = str(loop.preference_function)
+        return FunctionOracle(_function(run, name), name, both_orders=loop.both_orders)
+    if loop.oracle == "preference_model":
+        return ModelOracle(load_preference_model(str(loop.preference_model), **options))
+    if loop.oracle == "reward":
+        functions: list[Any] = [guard(_function(run, name), name) for name in loop.reward_funcs or ()]
+        return RewardOracle(functions + [load_reward_model(path, **options) for path in loop.reward_models or ()])
+    return JudgeOracle(_judge(run))
+
+
+def check_oracle(run: Run) -> None:
+    """Raise UserError where a judge lacks its package or its key, before anything is sampled for it."""
+    if run.loop.oracle == "judge":
+        judge = _judge(run)
+        judge.client.check()
+        judge.client.close()
+
+
+def template(run: Run) -> str:
+    """The judge's question. Raises UserError where the recipe names a file that is not there."""
+    if run.loop.judge_template is None:
+        return DEFAULT_TEMPLATE
+    paths = [Path(run.recipe.path).parent / run.loop.judge_template, Path(run.loop.judge_template)]
+    found = next((path for path in paths if path.is_file()), None)
+    if found is None:
+        raise UserError(f"there is no judge_template {run.loop.judge_template}, beside the recipe or here")
+    return found.read_text(encoding="utf-8")
+
+
+def _judge(run: Run) -> PairwiseJudge:
+    loop = run.loop
+    client = JudgeClient(
+        str(loop.judge_model),
+        str(loop.judge_url),
+        cache=Path(loop.judge_cache).expanduser() if loop.judge_cache else run.folder / ANSWERS_FILE,
+        api_key_env=loop.judge_api_key_env,
+        concurrency=loop.judge_concurrency,
+        timeout=loop.judge_timeout,
+        patience=loop.judge_patience,
+        max_requests=loop.judge_max_requests,
+        max_tokens=loop.judge_max_tokens,
+        budget=str(run.folder.resolve()),
+    )
+    return PairwiseJudge(
+        client,
+        answers=loop.judge_answers,  # type: ignore[arg-type]  # one of config.ANSWERS
+        both_orders=loop.both_orders,
+        template=template(run),
+        progress=not run.config.disable_tqdm,
+    )
+
+
+def _function(run: Run, name: str) -> Callable[..., Any]:
+    return load_function(name, folder=Path(run.recipe.path).parent)
+
+
+def _source(function: Any) -> str:
+    """The hash of the file that a function comes from: another version of it is another oracle."""
+    owner = function if inspect.isroutine(function) else type(function)
+    path = inspect.getsourcefile(inspect.unwrap(owner))
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""

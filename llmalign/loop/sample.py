@@ -1,0 +1,138 @@
+"""The stage `sample`: completions of a round's prompts under its model, shard by shard."""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from llmalign.loop.run import Run
+from llmalign.loop.stages import Made, Row, read_rows, wait_for, write_rows
+from llmalign.scores.sampling import end_token_ids, sample_groups
+from llmalign.trainers._trl import load_frozen
+from llmalign.trainers.vllm import VLLMSampler
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = "samples.jsonl"
+SHARDS = "shards"
+
+Draw = Callable[[list[list[int]], int], list[list[list[int]]]]
+
+
+def sample(run: Run, folder: Path, model: str, prompts: list[Row], samples: int, seed: int) -> Made:
+    """Sample completions of all prompts into `samples.jsonl`; a shard that is there is not sampled again.
+
+    Every shard has prompts and a seed of its own, so what is drawn does not depend on where a run was stopped or on how
+    many processes share the shards.
+    """
+    made = write_shards(
+        run,
+        folder,
+        prompts,
+        size=run.loop.shard_prompts,
+        start=lambda: Sampler(run, model, samples),
+        work=lambda sampler, rows, shard: sampler.rows(rows, run.seed(seed, shard)),
+        into=SAMPLES,
+        what="Sampling",
+        alone=run.loop.vllm_server is not None,
+    )
+    if not run.main:
+        return made
+    rows = list(read_rows(folder / SAMPLES))
+    lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
+    made.counts = {
+        "prompts": len(rows), "completions": len(lengths),
+        "truncated": sum(not ended for row in rows for ended in row["ended"]),
+    }  # fmt: skip
+    made.measured = {"mean_length": round(sum(lengths) / len(lengths), 2)}
+    made.cost = {"tokens": sum(lengths)}
+    return made
+
+
+class Sampler:
+    """Draws completions from a model that is loaded here, or from a vLLM server that is given its weights."""
+
+    def __init__(self, run: Run, model: str, samples: int) -> None:
+        self._run, self._samples = run, samples
+        self._model: Any = load_frozen(model, run.config).to(run.config.device).eval()
+        self._ends = end_token_ids(self._model, run.tokenizer)
+        self._server = None
+        if run.loop.vllm_server is not None:
+            self._server = VLLMSampler(run.loop.vllm_server, self._model, timeout=run.loop.vllm_timeout)
+
+    def rows(self, prompts: list[Row], seed: int) -> list[Row]:
+        """The prompts with their completions: texts, ids, and whether each ended by itself."""
+        ids = [row["prompt_ids"] for row in prompts]
+        return [
+            {
+                **row,
+                "completions": [self._run.tokenizer.decode(own, skip_special_tokens=True) for own in group],
+                "completion_ids": group,
+                "ended": [bool(own) and own[-1] in self._ends for own in group],
+            }
+            for row, group in zip(prompts, self._draw(ids, seed), strict=True)
+        ]
+
+    def close(self) -> None:
+        """Leave the server, if there is one."""
+        if self._server is not None:
+            self._server.close()
+
+    def _draw(self, prompt_ids: list[list[int]], seed: int) -> list[list[list[int]]]:
+        loop = self._run.loop
+        options: dict[str, Any] = {
+            "samples": self._samples, "max_new_tokens": loop.max_new_tokens, "temperature": loop.temperature,
+            "top_p": loop.top_p, "seed": seed,
+        }  # fmt: skip
+        if self._server is not None:
+            return self._server.draw(prompt_ids, ends=self._ends, **options)
+        with torch.autocast(self._model.device.type, dtype=torch.bfloat16, enabled=bool(self._run.config.bf16)):
+            return sample_groups(
+                self._model, self._run.tokenizer, prompt_ids, batch_size=loop.sampling_batch_size, **options
+            )
+
+
+def write_shards(
+    run: Run,
+    folder: Path,
+    rows: list[Row],
+    *,
+    size: int,
+    start: Callable[[], Any],
+    work: Callable[[Any, list[Row], int], Iterable[Row]],
+    into: str,
+    what: str,
+    alone: bool = False,
+) -> Made:
+    """Work on rows `size` at a time, each process on its share, and put the results end to end in the file `into`.
+
+    With `alone` the main process does all of it. `start` makes what the work needs, such as a model, where there is
+    work left; it is closed after it. A shard is written whole, and a run that is stopped goes on behind its last one.
+    """
+    shards = [rows[first : first + size] for first in range(0, len(rows), size)]
+    paths = [folder / SHARDS / f"{number:05d}.jsonl" for number in range(len(shards))]
+    share = range(len(shards) if run.main else 0) if alone else range(run.rank, len(shards), run.world)
+    own = [number for number in share if not paths[number].is_file()]
+    if own:
+        tool = start()
+        with tqdm(total=sum(len(shards[number]) for number in own), desc=what, unit="prompt",
+                  disable=not run.main or run.config.disable_tqdm) as bar:  # fmt: skip
+            for number in own:
+                write_rows(paths[number], work(tool, shards[number], number))
+                bar.update(len(shards[number]))
+        tool.close()
+    if not run.main:
+        return Made([])
+    for path in paths:
+        wait_for(path)
+    write_rows(folder / into, (row for path in paths for row in read_rows(path)))
+    return Made([into])
+
+
+def remove_shards(folder: Path) -> None:
+    """Drop the shards of a finished stage, whose result holds all of them."""
+    shutil.rmtree(folder / SHARDS, ignore_errors=True)

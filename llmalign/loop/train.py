@@ -1,0 +1,45 @@
+"""The stage `train`: one round of the method's training, from the model of the round before."""
+
+import gc
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from llmalign.loop.run import Run, model_files
+from llmalign.loop.stages import Made, Row
+from llmalign.train import run as run_recipe
+from llmalign.trainers.checkpoint import ASIDE
+
+CHECKPOINTS = "checkpoint-*"
+
+
+def train(run: Run, number: int, folder: Path, rows: list[Row]) -> Made:
+    """Train on the rows, going on from the newest whole checkpoint; the folder then holds the round's model."""
+    columns = [name for name in rows[0] if name not in ("prompt", "chosen", "rejected", "completions")]
+    data = Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
+    result: dict[str, Any] = run_recipe(run.round_recipe(number, folder), resume="auto", rows=data)
+    let_go()
+    if not run.main:
+        return Made([])
+    return Made(
+        model_files(folder),
+        {"steps": result["steps"], "rows": len(rows)},
+        {"train_loss": result["train"].get("train_loss")},
+        {"training_seconds": result["train"].get("train_runtime")},
+    )
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Drop the checkpoints of a finished round, whose model stays."""
+    for path in [*folder.glob(CHECKPOINTS), folder / ASIDE]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def let_go() -> None:
+    """Free the memory of models that nothing holds any more, before others are loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
