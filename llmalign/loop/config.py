@@ -1,7 +1,7 @@
 """The keys of a recipe that say how `llmalign iterate` samples, judges, pairs and evaluates."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from llmalign.errors import UserError
@@ -10,6 +10,7 @@ from llmalign.rewards.tournament import PLANS, comparisons_of
 ORACLES = ("preference_function", "preference_model", "judge", "reward")
 LABELS = ("likelier", "sampled")
 ANSWERS = ("logprobs", "text")
+COUNTS = ("rounds", "eval_samples", "max_new_tokens", "sampling_batch_size", "shard_prompts")
 
 #: keys that may change while a run is under way: none of them reaches a byte of a result
 HARMLESS = frozenset(
@@ -71,6 +72,10 @@ class LoopConfig:
     )
     judge_answers: str = field(default="logprobs", metadata=_help("logprobs or text: how its answer is read."))
     judge_template: str | None = field(default=None, metadata=_help("File with {prompt}, {first} and {second}."))
+    judge_letters: list[str] = field(
+        default_factory=lambda: ["A", "B"], metadata=_help("What the template calls the first and the second answer.")
+    )
+    judge_top_logprobs: int = field(default=5, metadata=_help("Among how many first tokens the letters are sought."))
     judge_cache: str | None = field(default=None, metadata=_help("SQLite file of its answers; open: in the run."))
     judge_concurrency: int = field(default=8, metadata=_help("Requests at a time."))
     judge_timeout: float = field(default=60.0, metadata=_help("Seconds a request may take."))
@@ -82,10 +87,17 @@ class LoopConfig:
     keep_checkpoints: bool = field(default=False, metadata=_help("Keep the checkpoints of rounds that are finished."))
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "eval_samples", "max_new_tokens", "sampling_batch_size", "shard_prompts"):
+        for name in (*COUNTS, "judge_concurrency"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("vllm_timeout", "judge_timeout"):
+            self._require(getattr(self, name) > 0, name, "a positive number")
+        for name in ("judge_max_requests", "judge_max_tokens"):
+            self._require((getattr(self, name) or 0) >= 0, name, "zero or more, or left open")
+        self._require(self.judge_patience >= 0, "judge_patience", "zero or a positive number")
+        self._require(self.judge_top_logprobs >= 2, "judge_top_logprobs", "at least 2")
         self._require(self.prompts_per_round is None or self.prompts_per_round >= 1, "prompts_per_round", "at least 1")
         self._require(self.eval_prompts >= 0, "eval_prompts", "zero or more")
+        self._require(len(self.judge_letters) == 2, "judge_letters", "two letters, such as [A, B]")
         self._require(self.keep_rounds is None or self.keep_rounds >= 1, "keep_rounds", "at least 1, or left open")
         self._require(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "a positive number")
         self._require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
@@ -111,7 +123,10 @@ class LoopConfig:
                 raise UserError(f"oracle: {self.oracle} needs {name}")
         if self.oracle == "reward" and not (self.reward_funcs or self.reward_models):
             raise UserError("oracle: reward needs reward_funcs or reward_models")
-        defaults = {entry.name: entry.default for entry in fields(self)}
+        defaults = {
+            entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
+            for entry in fields(self)
+        }
         belongs = {
             "preference_function": ("preference_function",), "preference_model": ("preference_model",),
             "reward_funcs": ("reward",), "reward_models": ("reward",), "margin": ("reward",),

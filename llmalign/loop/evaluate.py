@@ -62,13 +62,17 @@ def duality_gap(run: Run, rows: list[Row], pool: list[list[Row]], comparisons: C
     chosen on one half of the policy's completions and measured on the other, and the other way round, so that it is not
     the luckiest: a lower estimate of the gap, which may fall below 0 by chance.
     """
-    gaps = []
+    gaps: list[list[float]] = []
     for place, row in enumerate(rows):
         own = row["completions"]
         candidates = list(dict.fromkeys(text for rounds in reversed(pool) for text in rounds[place]["completions"]))
         candidates = candidates[:MOST_CANDIDATES]
         asked = [_pair(run, row, one, other) for one in candidates for other in own]
         values = np.array(comparisons.ask(asked)).reshape(len(candidates), len(own))
+        values = values[:, ~np.isnan(values).any(axis=0)]  # without what could not be judged
+        if values.shape[1] < 2:
+            gaps.append([])
+            continue
         halves = values[:, 0::2].mean(axis=1), values[:, 1::2].mean(axis=1)
         found = [measured[np.argmax(chosen)] for chosen, measured in (halves, halves[::-1])]
         gaps.append([2 * float(np.mean(found)) - 1])

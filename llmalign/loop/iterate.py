@@ -18,7 +18,17 @@ from llmalign.loop.pair import PAIRS, pair
 from llmalign.loop.report import plot_rounds
 from llmalign.loop.run import Run, identity
 from llmalign.loop.sample import SAMPLES, sample
-from llmalign.loop.stages import Made, Manifest, Row, digest_of, read_manifest, read_rows, write_json, write_manifest
+from llmalign.loop.stages import (
+    MANIFEST,
+    Made,
+    Manifest,
+    Row,
+    digest_of,
+    read_manifest,
+    read_rows,
+    write_json,
+    write_manifest,
+)
 from llmalign.loop.train import let_go, remove_checkpoints, train
 from llmalign.recipe import Recipe
 from llmalign.rewards.preference import RewardOracle
@@ -42,7 +52,6 @@ def iterate(recipe: Recipe) -> dict[str, Any]:
     rounds = Rounds(make_run(recipe))
     with _alone(rounds.run):
         _remember(rounds)
-        check_oracle(rounds.run)
         return rounds.go()
 
 
@@ -62,6 +71,7 @@ class Rounds:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        check_oracle(run)
         self._oracle = oracle_identity(run)
         # What stands for the model of each round in a manifest.
         self._models: dict[int, str] = {0: identity(run.start)}
@@ -72,7 +82,6 @@ class Rounds:
         return {
             **self.run.fingerprint(),
             "prompts_sha256": digest_of(self.run.prompts),
-            "oracle_sha256": self._oracle,
             "start_sha256": self._models[0],
             "reference_sha256": self._reference,
         }
@@ -80,6 +89,7 @@ class Rounds:
     def go(self) -> dict[str, Any]:
         """All rounds, and what was measured."""
         run = self.run
+        self._refuse_other_oracle()
         stages: list[dict[str, Manifest]] = [{"evaluate": self._evaluate(0, [])}] if run.loop.eval_prompts else [{}]
         for number in range(1, run.loop.rounds + 1):
             stages.append(self._round(number, stages))
@@ -95,6 +105,15 @@ class Rounds:
             write_json(run.folder / ROUNDS_FILE, result)
             plot_rounds(result, run.folder / PICTURE_FILE)
         return result
+
+    def _refuse_other_oracle(self) -> None:
+        """What another oracle has judged is not mixed with what this one says, and is not thrown away either."""
+        for path in sorted(self.run.folder.glob(f"round-*/judge/{MANIFEST}")):
+            if read_manifest(path.parent).inputs.get("oracle") != self._oracle:
+                raise UserError(
+                    f"{path.parent} was judged by another oracle (its code, weights or question have changed): put the "
+                    "old one back, or give a new output_dir"
+                )
 
     def _round(self, number: int, before: list[dict[str, Manifest]]) -> dict[str, Manifest]:
         run, last = self.run, self._models[number - 1]
@@ -146,7 +165,7 @@ class Rounds:
         run = self.run
         if not run.main:
             return Made([])
-        samples = self._rows(number, "sample", SAMPLES)
+        samples = read_rows(run.round_folder(number) / "sample" / SAMPLES)
         with self._comparisons() as comparisons:
             if isinstance(comparisons.oracle, RewardOracle):
                 return score(run, folder, samples, comparisons.oracle)
@@ -155,7 +174,8 @@ class Rounds:
     def _pair(self, number: int, folder: Path) -> Made:
         if not self.run.main:
             return Made([])
-        samples, judged = self._rows(number, "sample", SAMPLES), self._rows(number, "judge", JUDGED)
+        home = self.run.round_folder(number)
+        samples, judged = read_rows(home / "sample" / SAMPLES), read_rows(home / "judge" / JUDGED)
         # The judge's seed: a plan that draws must draw again what it drew when it asked.
         return pair(self.run, folder, samples, judged, self.run.seed(number, "judge"))
 

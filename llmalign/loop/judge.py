@@ -3,16 +3,16 @@
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from llmalign.errors import UserError
-from llmalign.loop.comparisons import Comparisons, Count, Pair
+from llmalign.loop.comparisons import Comparisons, Pair
 from llmalign.loop.run import Run
-from llmalign.loop.stages import Made, Row, write_rows
+from llmalign.loop.stages import Made, Row, batches, write_rows
 from llmalign.rewards.preference import RewardOracle
 from llmalign.rewards.tournament import PLANS, Chosen, Comparison, Plan
 
@@ -22,43 +22,33 @@ JUDGED = "judged.jsonl"
 JUDGE_PROMPTS = 256  # prompts whose comparisons are asked for together
 
 
-def judge(run: Run, folder: Path, samples: list[Row], comparisons: Comparisons, seed: int) -> Made:
+def judge(run: Run, folder: Path, samples: Iterable[Row], comparisons: Comparisons, seed: int) -> Made:
     """Write `judged.jsonl`: of each prompt the comparisons (first, second, P) that its plan asked for."""
     before = comparisons.count.copy()
     rows: list[Row] = []
-    for first in _batches(run, samples, "Judging"):
-        batch = samples[first : first + JUDGE_PROMPTS]
-        records: list[list[list[Any]]] = [[] for _ in batch]
-
-        def ask(asked: list[tuple[int, Comparison]], batch: list[Row] = batch, records: Any = records) -> list[float]:
-            given = comparisons.ask([_pair(run, batch[row], pair) for row, pair in asked])
-            for (row, (one, other)), p in zip(asked, given, strict=True):
-                records[row].append([one, other, None if math.isnan(p) else p])
-            return [
-                outcome(run, seed, batch[row]["place"], *pair, p) for (row, pair), p in zip(asked, given, strict=True)
-            ]
-
-        run_plans([plan_of(run, row, seed) for row in batch], ask)
-        rows += [{"place": row["place"], "comparisons": own} for row, own in zip(batch, records, strict=True)]
+    identical = 0
+    for batch in _batches(run, samples, "Judging"):
+        records = [_Record(row) for row in batch]
+        _judge_batch(run, records, comparisons, seed)
+        rows += [{"place": record.row["place"], "comparisons": record.comparisons} for record in records]
+        identical += sum(record.identical() for record in records)
     write_rows(folder / JUDGED, rows)
     spent = comparisons.count - before
-    _refuse_nothing(spent)
     total = sum(len(row["comparisons"]) for row in rows)
     unknown = sum(p is None for row in rows for *_, p in row["comparisons"])
-    identical = sum(
-        samples[place]["completions"][one] == samples[place]["completions"][other]
-        for place, row in enumerate(rows)
-        for one, other, _ in row["comparisons"]
-    )
+    if unknown == total:
+        raise UserError(
+            f"the oracle gave no answer to any of {total} comparisons; see the warnings above, put it right and start "
+            "the same command again"
+        )
     counts = {"prompts": len(rows), "comparisons": total, "identical": identical, "failed": unknown}
     return Made([JUDGED], counts, cost={"asked": spent.asked, "found": spent.found})
 
 
-def score(run: Run, folder: Path, samples: list[Row], oracle: RewardOracle) -> Made:
+def score(run: Run, folder: Path, samples: Iterable[Row], oracle: RewardOracle) -> Made:
     """Write `judged.jsonl`: of each prompt the rewards of its completions, null for one that failed."""
     rows: list[Row] = []
-    for first in _batches(run, samples, "Rewarding"):
-        batch = samples[first : first + JUDGE_PROMPTS]
+    for batch in _batches(run, samples, "Rewarding"):
         rewards = iter(rewards_of(run, batch, oracle))
         rows += [{"place": row["place"], "rewards": [next(rewards) for _ in row["completions"]]} for row in batch]
     write_rows(folder / JUDGED, rows)
@@ -71,6 +61,34 @@ def score(run: Run, folder: Path, samples: list[Row], oracle: RewardOracle) -> M
         {"prompts": len(rows), "rewards": len(values), "failed": len(values) - len(known)},
         {"mean_reward": sum(known) / len(known)},
     )
+
+
+@dataclass
+class _Record:
+    """A prompt with its completions, and what was compared of them: (first, second, P or None)."""
+
+    row: Row
+    comparisons: list[tuple[int, int, float | None]] = field(default_factory=list)
+
+    def identical(self) -> int:
+        """How many of the comparisons were of equal answers."""
+        texts = self.row["completions"]
+        return sum(texts[first] == texts[second] for first, second, _ in self.comparisons)
+
+
+def _judge_batch(run: Run, records: list[_Record], comparisons: Comparisons, seed: int) -> None:
+    """Take the plans of some prompts through their levels, and record what they asked for."""
+
+    def ask(asked: list[tuple[int, Comparison]]) -> list[float]:
+        outcomes = []
+        given = comparisons.ask([_pair(run, records[number].row, pair) for number, pair in asked])
+        for (number, pair), p in zip(asked, given, strict=True):
+            record = records[number]
+            record.comparisons.append((*pair, None if math.isnan(p) else p))
+            outcomes.append(outcome(run, seed, record.row["place"], *pair, p))
+        return outcomes
+
+    run_plans([plan_of(run, record.row, seed) for record in records], ask)
 
 
 def rewards_of(run: Run, rows: list[Row], oracle: RewardOracle) -> list[float | None]:
@@ -127,13 +145,5 @@ def _pair(run: Run, row: Row, pair: Comparison) -> Pair:
     return Pair(row["prompt"], row["completions"][pair[0]], row["completions"][pair[1]], columns)
 
 
-def _batches(run: Run, samples: list[Row], what: str) -> Any:
-    return tqdm(range(0, len(samples), JUDGE_PROMPTS), desc=what, unit="batch", disable=run.config.disable_tqdm)
-
-
-def _refuse_nothing(spent: Count) -> None:
-    if spent.asked and spent.failed == spent.asked:
-        raise UserError(
-            f"the oracle gave no answer to any of {spent.asked} comparisons; see the warnings above, put it right and "
-            "start the same command again"
-        )
+def _batches(run: Run, samples: Iterable[Row], what: str) -> Iterator[list[Row]]:
+    return iter(tqdm(batches(samples, JUDGE_PROMPTS), desc=what, unit="batch", disable=run.config.disable_tqdm))

@@ -4,12 +4,14 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmalign.errors import UserError
 from llmalign.judges import JudgeClient, PairwiseJudge
 from llmalign.judges.template import DEFAULT_TEMPLATE
 from llmalign.loop.run import Run, identity
+from llmalign.rewards.classifiers import require_folder
 from llmalign.rewards.functions import guard, load_function
 from llmalign.rewards.model import load_reward_model
 from llmalign.rewards.pair_model import load_preference_model
@@ -28,6 +30,7 @@ def oracle_identity(run: Run) -> str:
         parts += [identity(path)] if path else []
     if loop.oracle == "judge":
         parts += [str(loop.judge_url), str(loop.judge_model), loop.judge_answers, template(run)]
+        parts += [*loop.judge_letters, str(loop.judge_top_logprobs)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -42,15 +45,17 @@ def load_oracle(run: Run) -> Oracle:
     if loop.oracle == "reward":
         functions: list[Any] = [guard(_function(run, name), name) for name in loop.reward_funcs or ()]
         return RewardOracle(functions + [load_reward_model(path, **options) for path in loop.reward_models or ()])
-    return JudgeOracle(_judge(run))
+    return JudgeOracle(_judge(run, run.folder))
 
 
 def check_oracle(run: Run) -> None:
-    """Raise UserError where a judge lacks its package or its key, before anything is sampled for it."""
+    """Raise UserError where a model's folder, a judge's package or its key is missing, before anything is written."""
+    for path in [run.loop.preference_model, *(run.loop.reward_models or ())]:
+        if path is not None:
+            require_folder(path, "check the path")
     if run.loop.oracle == "judge":
-        judge = _judge(run)
-        judge.client.check()
-        judge.client.close()
+        with TemporaryDirectory() as scratch, _judge(run, Path(scratch)).client as client:
+            client.check()
 
 
 def template(run: Run) -> str:
@@ -64,12 +69,12 @@ def template(run: Run) -> str:
     return found.read_text(encoding="utf-8")
 
 
-def _judge(run: Run) -> PairwiseJudge:
+def _judge(run: Run, folder: Path) -> PairwiseJudge:
     loop = run.loop
     client = JudgeClient(
         str(loop.judge_model),
         str(loop.judge_url),
-        cache=Path(loop.judge_cache).expanduser() if loop.judge_cache else run.folder / ANSWERS_FILE,
+        cache=Path(loop.judge_cache).expanduser() if loop.judge_cache else folder / ANSWERS_FILE,
         api_key_env=loop.judge_api_key_env,
         concurrency=loop.judge_concurrency,
         timeout=loop.judge_timeout,
@@ -83,6 +88,8 @@ def _judge(run: Run) -> PairwiseJudge:
         answers=loop.judge_answers,  # type: ignore[arg-type]  # one of config.ANSWERS
         both_orders=loop.both_orders,
         template=template(run),
+        letters=(loop.judge_letters[0], loop.judge_letters[1]),
+        top_logprobs=loop.judge_top_logprobs,
         progress=not run.config.disable_tqdm,
     )
 
@@ -93,6 +100,9 @@ def _function(run: Run, name: str) -> Callable[..., Any]:
 
 def _source(function: Any) -> str:
     """The hash of the file that a function comes from: another version of it is another oracle."""
-    owner = function if inspect.isroutine(function) else type(function)
-    path = inspect.getsourcefile(inspect.unwrap(owner))
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    found = inspect.unwrap(function)
+    code = found if inspect.isfunction(found) or inspect.ismethod(found) else type(found)
+    if code.__module__ == "builtins":  # written in C: its name is all there is
+        return str(found)
+    path = inspect.getsourcefile(code)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else str(found)

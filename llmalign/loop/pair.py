@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from llmalign.data.pairing import row_rng, select_pairs
@@ -18,11 +19,13 @@ PAIRS = "pairs.jsonl"
 TRUNCATED = "truncated"
 
 
-def pair(run: Run, folder: Path, samples: list[Row], judged: list[Row], seed: int) -> Made:
+def pair(run: Run, folder: Path, samples: Iterable[Row], judged: Iterable[Row], seed: int) -> Made:
     """Write `pairs.jsonl`: pairs of completions by comparisons or rewards, or groups of them with their rewards."""
     dropped: Counter[str] = Counter()
     rows: list[Row] = []
+    prompts = 0
     for sample, verdict in zip(samples, judged, strict=True):
+        prompts += 1
         rows += _group(run, sample, verdict, dropped) if run.groups else _pairs(run, sample, verdict, seed, dropped)
     if not rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common() if count) or "no prompts"
@@ -33,7 +36,7 @@ def pair(run: Run, folder: Path, samples: list[Row], judged: list[Row], seed: in
     rows = [{"row_id": number, **row} for number, row in enumerate(rows)]
     write_rows(folder / PAIRS, rows)
     counts = {
-        "prompts": len(samples),
+        "prompts": prompts,
         "groups" if run.groups else "pairs": len(rows),
         "dropped": {reason: count for reason, count in dropped.items() if count},
     }
@@ -57,6 +60,11 @@ def _pairs(run: Run, sample: Row, verdict: Row, seed: int, dropped: Counter[str]
         dropped["failed"] += 1
         return []
     dropped.update(chosen.dropped)
+    if "rewards" in verdict:
+        gaps = {pair: abs(verdict["rewards"][pair[0]] - verdict["rewards"][pair[1]]) for pair in chosen.pairs}
+        close = [pair for pair, gap in gaps.items() if gap < run.loop.margin]
+        dropped["below_margin"] += len(close)
+        chosen = Chosen([pair for pair in chosen.pairs if pair not in close])
     different = [pair for pair in chosen.pairs if sample["completions"][pair[0]] != sample["completions"][pair[1]]]
     dropped[SAME] += len(chosen.pairs) - len(different)
     return _rows(run, sample, different, dropped)

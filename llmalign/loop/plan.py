@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from rich.table import Table
 
+from llmalign.loop.evaluate import MOST_CANDIDATES
 from llmalign.loop.iterate import make_run
 from llmalign.loop.oracles import load_oracle
 from llmalign.loop.run import Run
@@ -67,6 +68,9 @@ def plan(recipe: Recipe) -> Plan:
     by_reward = loop.oracle == "reward"
     judged = completions if by_reward else prompts * comparisons_of(loop.select, loop.samples_per_prompt)
     extra = 2 * loop.rounds * loop.eval_prompts * loop.eval_samples * (2 if by_reward else 1)
+    if loop.oracle == "preference_function" and loop.eval_samples > 1:
+        pools = (min(MOST_CANDIDATES, (number + 1) * loop.eval_samples) for number in range(loop.rounds + 1))
+        extra += sum(pools) * loop.eval_prompts * loop.eval_samples  # of the duality gap
     asked = (judged + extra) * (2 if loop.both_orders else 1)
     rows = prompts * _rows_of_a_prompt(run)
     row_tokens = int(trial.prompt_tokens) + loop.max_new_tokens * (loop.samples_per_prompt if run.groups else 2)

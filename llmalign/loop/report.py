@@ -81,7 +81,8 @@ def _draw(axis: Axes, rounds: list[dict[str, Any]], name: str, colour: str, labe
     known = [(one["round"], one[name]) for one in rounds if name in one and one[name]["mean"] is not None]
     places = [number for number, _ in known]
     means = [measured["mean"] for _, measured in known]
-    spread = [[m["mean"] - m["low"] for _, m in known], [m["high"] - m["mean"] for _, m in known]]
+    # Rounding can put the end of an interval a hair on the wrong side of a mean of 0 or 1.
+    spread = [[max(m["mean"] - m["low"], 0.0) for _, m in known], [max(m["high"] - m["mean"], 0.0) for _, m in known]]
     axis.errorbar(places, means, yerr=spread, color=colour, lw=1.8, marker="o", ms=4, capsize=3, label=label)
 
 

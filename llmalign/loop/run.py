@@ -42,6 +42,8 @@ class Run:
     loop: LoopConfig
 
     def __post_init__(self) -> None:
+        if self.recipe.data.holdout_rows:
+            logger.info("holdout_rows is not read: rounds are measured on eval_prompts, which are never trained on.")
         self.config = self.recipe.training_config()
         self.options = self.recipe.model_config()
         _refuse(self.recipe, self.config, self.loop)
@@ -222,6 +224,10 @@ def _refuse(recipe: Recipe, config: Any, loop: LoopConfig) -> None:
         raise UserError("flip_rate: estimate needs an independent scorer's margins, which rounds have not; give a rate")
     if recipe.model.get("model_revision") is not None:
         raise UserError("model_revision is not read by iterate, which loads models by their folders: name a snapshot's")
+    if config.load_best_model_at_end or str(config.save_strategy) == "best":
+        raise UserError(
+            "load_best_model_at_end needs evaluations while training, which rounds have not; leave it out"
+        )
     if recipe.data.streaming:
         raise UserError("streaming: true has no end to part into rounds; iterate reads its prompts whole")
     for key in ("eval_datasets", "dataset_test_split"):

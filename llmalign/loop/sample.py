@@ -42,12 +42,11 @@ def sample(run: Run, folder: Path, model: str, prompts: list[Row], samples: int,
     )
     if not run.main:
         return made
-    rows = list(read_rows(folder / SAMPLES))
-    lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
-    made.counts = {
-        "prompts": len(rows), "completions": len(lengths),
-        "truncated": sum(not ended for row in rows for ended in row["ended"]),
-    }  # fmt: skip
+    lengths, truncated = [], 0
+    for row in read_rows(folder / SAMPLES):
+        lengths += [len(ids) for ids in row["completion_ids"]]
+        truncated += row["ended"].count(False)
+    made.counts = {"prompts": len(prompts), "completions": len(lengths), "truncated": truncated}
     made.measured = {"mean_length": round(sum(lengths) / len(lengths), 2)}
     made.cost = {"tokens": sum(lengths)}
     return made

@@ -3,6 +3,7 @@
 import gc
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
@@ -36,7 +37,8 @@ class FrozenScorer:
 
     def __init__(self, run: Run, model: str, first: PromptGroups) -> None:
         config = {key: value for key, value in run.recipe.config.items() if key in SCORING_KEYS}
-        config |= {"output_dir": str(run.folder), "report_to": "none", "alarm_prompts": 0}
+        self._scratch = TemporaryDirectory(prefix="llmalign-score-")  # a trainer makes its output folder
+        config |= {"output_dir": self._scratch.name, "report_to": "none", "alarm_prompts": 0}
         recipe = replace(run.recipe, method=CARRIER, config=config)
         options = replace(run.options, model_name_or_path=model)
         self._trainer: Any = build(recipe, recipe.training_config(), options, run.tokenizer, Data(ONE_ROW, None, {}))
@@ -67,4 +69,5 @@ class FrozenScorer:
     def close(self) -> None:
         """Let the model go, before another is loaded."""
         del self._trainer
+        self._scratch.cleanup()
         gc.collect()

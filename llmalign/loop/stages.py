@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write JSON lines aside, bring them to the disk and rename them."""
-    write_bytes(path, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+    _write(path, (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -187,12 +188,23 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
+def batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """The rows, so many at a time: those of a large round do not fit in memory."""
+    left = iter(rows)
+    while batch := list(islice(left, size)):
+        yield batch
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """A file that is whole or not there, whenever the process or the machine stops."""
+    _write(path, [content])
+
+
+def _write(path: Path, content: Iterable[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
     with aside.open("wb") as file:
-        file.write(content)
+        file.writelines(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
@@ -206,9 +218,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 def _begin(folder: Path, inputs: dict[str, str]) -> None:
     """A folder that holds partial work of these inputs, or nothing."""
     if folder.exists() and ((folder / MANIFEST).exists() or _planned(folder) != inputs):
-        # These go first: a stage that is being removed must look neither finished nor begun.
-        (folder / MANIFEST).unlink(missing_ok=True)
+        # The plan goes first: what is being removed must not look like work to go on from.
         (folder / PLAN).unlink(missing_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
     if not folder.exists():
         write_json(folder / PLAN, inputs)

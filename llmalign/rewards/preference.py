@@ -8,6 +8,7 @@ the higher reward beats the other.
 import asyncio
 import logging
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -61,7 +62,15 @@ class FunctionOracle(Oracle):
         return [(one + 1 - other) / 2 for one, other in zip(forward, backward, strict=True)]
 
     def _asked(self, prompts: Any, first: Any, second: Any, columns: dict[str, Any]) -> list[float]:
-        answers = self._function(prompts=list(prompts), first=list(first), second=list(second), **columns)
+        try:
+            answers = self._function(prompts=list(prompts), first=list(first), second=list(second), **columns)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"{self.name} failed: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+            ) from error
         try:
             values = [float(value) for value in answers]
         except (TypeError, ValueError) as error:

@@ -28,6 +28,7 @@ from claims import (  # noqa: E402
     inpo_classes,
     inpo_exact,
     inpo_model,
+    inpo_stories,
     mdpo,
     programs,
     rdpo,
@@ -38,7 +39,7 @@ from claims.cells import Cell, Result, Store, code_version  # noqa: E402
 from claims.report import Claim, Outcome, write  # noqa: E402
 
 MODULES = (
-    *(bandit, rdpo, rpo, inpo_exact, inpo_classes, inpo_model),
+    *(bandit, rdpo, rpo, inpo_exact, inpo_classes, inpo_model, inpo_stories),
     *(copg_online, mdpo, fdpg_exact, fdpg_stories, programs),
 )
 CLAIMS = {module.CLAIM.name: module.CLAIM for module in MODULES}
