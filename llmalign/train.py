@@ -53,13 +53,16 @@ MORE_PANELS = (
 )
 
 
-def run(recipe: Recipe, resume: str | None = None, rows: Dataset | None = None) -> dict[str, Any]:
+def run(
+    recipe: Recipe, resume: str | None = None, rows: Dataset | None = None, *, starts_equal: bool = False
+) -> dict[str, Any]:
     """Train as the recipe says and return what was measured, which `<output_dir>/metrics.json` holds too.
 
     `resume` is None, `auto` or the path of a checkpoint. Every evaluation set is measured before the first step and
     after the last. `rows` are token ids to train on instead of the recipe's data, as the method's collator takes them;
-    nothing is measured then. Raises UserError, with nothing written, for a recipe, a model or data that cannot be
-    trained on.
+    nothing is measured then. `starts_equal` says that their log-probs are of the model that training starts from, so
+    that a fresh run whose first batch scores otherwise is stopped. Raises UserError, with nothing written, for a
+    recipe, a model or data that cannot be trained on.
     """
     started = time.perf_counter()
     config = recipe.training_config()
@@ -88,6 +91,8 @@ def run(recipe: Recipe, resume: str | None = None, rows: Dataset | None = None) 
     if rows is None:
         _plan_evaluation(config, data, checkpoint)
     trainer = build(recipe, config, replace(options, model_name_or_path=path), tokenizer, data)
+    if starts_equal:
+        trainer.start_may_differ = None
     _say_what_runs(recipe, trainer)
     record_run(config.output_dir, fingerprint)
     trained = _train(trainer, checkpoint)

@@ -1,5 +1,6 @@
 """What every test shares: no network, no home directory, one tiny model built in code."""
 
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -111,3 +112,19 @@ def tiny_model(tiny_model_dir: Path):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def gguf_model(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stories model as GGUF."""
+    for package in ("gguf", "xllamacpp"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}, part of the extra dev: pip install 'llmalign[dev]'")
+    folder = shared / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"needs a tiny model, and {folder} is not there")
+    from tests.judges.serving import write_gguf
+
+    path = tmp_path_factory.mktemp("gguf") / "stories.gguf"
+    write_gguf(folder, path)
+    return path

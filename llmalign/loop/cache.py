@@ -11,7 +11,7 @@ from typing import Any
 from llmalign.loop.run import Run
 from llmalign.loop.sample import write_shards
 from llmalign.loop.score import CHECKED, FrozenScorer
-from llmalign.loop.stages import Made, Row, read_rows, write_rows
+from llmalign.loop.stages import Made, Row, read_rows, wait_for, write_rows
 from llmalign.types import PromptGroups
 
 ROWS = "rows.jsonl"
@@ -49,8 +49,10 @@ def score_rows(run: Run, folder: Path, rows: list[Row], model: str) -> Path:
         start=lambda: FrozenScorer(run, model, _groups(rows[:CHECKED])),
         work=lambda scorer, shard, _: [{"logps": logps} for logps in scorer.rows(_groups(shard))],
         into=LOGPS,
+        together=True,
         what=f"Scoring under {Path(model).parent.name if Path(model).name == 'train' else Path(model).name}",
     )
+    wait_for(folder / LOGPS)  # all shards are there: whoever was first does not wait in an exchange
     return folder / LOGPS
 
 

@@ -62,6 +62,12 @@ class Comparisons:
         except sqlite3.DatabaseError as error:
             raise UserError(f"{path} cannot be used to keep comparisons in ({error}); move it away") from error
 
+    def __enter__(self) -> "Comparisons":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the file."""
         self._database.close()

@@ -15,8 +15,8 @@ COUNTS = ("rounds", "eval_samples", "max_new_tokens", "sampling_batch_size", "sh
 #: keys that may change while a run is under way: none of them reaches a byte of a result
 HARMLESS = frozenset(
     """
-    rounds keep_rounds keep_checkpoints judge_concurrency judge_timeout judge_patience judge_max_requests
-    judge_max_tokens judge_api_key_env judge_cache vllm_timeout
+    rounds keep_rounds keep_checkpoints max_failed judge_url vllm_server vllm_timeout judge_concurrency judge_timeout
+    judge_patience judge_max_requests judge_max_tokens judge_api_key_env judge_cache
     """.split()
 )
 
@@ -45,7 +45,7 @@ class LoopConfig:
     top_p: float = field(default=1.0, metadata=_help("Share of the probability to sample from."))
     sampling_batch_size: int = field(default=64, metadata=_help("Completions sampled at a time."))
     shard_prompts: int = field(default=64, metadata=_help("Prompts between two points that a run can go on from."))
-    vllm_server: str | None = field(default=None, metadata=_help("URL of `trl vllm-serve`; open: sample here."))
+    vllm_server: str | None = field(default=None, metadata=_help("URL of a vLLM server; open: sample here."))
     vllm_timeout: float = field(default=240.0, metadata=_help("Seconds to wait for that server."))
 
     oracle: str | None = field(default=None, metadata=_help("preference_function, preference_model, judge or reward."))
@@ -64,6 +64,8 @@ class LoopConfig:
     both_orders: bool = field(default=False, metadata=_help("Ask judge or function in both orders, take the mean."))
     reference: str = field(default="start", metadata=_help("start: one for all rounds; previous: the round before's."))
     truncated: str = field(default="keep", metadata=_help("keep or drop completions that max_new_tokens cut."))
+
+    max_failed: float = field(default=0.1, metadata=_help("Share of comparisons that may fail before a round stops."))
 
     judge_url: str | None = field(default=None, metadata=_help("Of an OpenAI-compatible endpoint, with /v1."))
     judge_model: str | None = field(default=None, metadata=_help("The model's name there."))
@@ -101,6 +103,7 @@ class LoopConfig:
         self._require(self.keep_rounds is None or self.keep_rounds >= 1, "keep_rounds", "at least 1, or left open")
         self._require(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "a positive number")
         self._require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        self._require(0 <= self.max_failed <= 1, "max_failed", "in [0, 1]")
         self._require(math.isfinite(self.margin) and self.margin >= 0, "margin", "zero or a positive number")
         for name, choices in (
             ("select", tuple(PLANS)), ("labels", LABELS), ("truncated", ("keep", "drop")), ("judge_answers", ANSWERS),

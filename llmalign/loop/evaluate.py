@@ -1,7 +1,9 @@
 """The stage `evaluate`: how a round's model compares with the start and with the round before, on held-out prompts."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from llmalign.loop.comparisons import Comparisons, Pair
 from llmalign.loop.judge import rewards_of
 from llmalign.loop.run import Run
 from llmalign.loop.sample import SAMPLES, sample
-from llmalign.loop.stages import Made, Row, read_rows, wait_for
-from llmalign.rewards.preference import RewardOracle
+from llmalign.loop.stages import Made, Row, read_rows, wait_for, write_rows
+from llmalign.rewards.preference import Oracle, RewardOracle, by_reward
 
 POLICY, REFERENCE = "policy", "reference"  # folders of log-probs
+REWARDS = "rewards.jsonl"
+Kept = Callable[[Oracle], Comparisons]  # the comparisons of an oracle that are kept
+
 MOST_CANDIDATES = 64  # responses of a prompt, among which a best one is looked for
 
 
@@ -32,13 +37,15 @@ def sample_held_out(run: Run, number: int, folder: Path, seed: int) -> Made:
     return made
 
 
-def measure(run: Run, folder: Path, earlier: list[list[Row]], comparisons: Comparisons) -> dict[str, Any]:
+def measure(
+    run: Run, folder: Path, earlier: list[list[Row]], oracle: Oracle | RewardOracle, open_kept: Kept
+) -> dict[str, Any]:
     """What a round's answers are like; `earlier` are the rows of all rounds before, from the start on.
 
     Each with a 95 % interval over prompts: the win rate against the start and against the round before (answer i
     against answer i, a comparison that failed left out), the length in tokens, the divergence from the reference in
     nats an answer (its KL divergence where temperature and top_p are 1), the reward where the oracle gives one and,
-    with an exact oracle and two or more answers a prompt, the duality gap.
+    with an exact oracle and two or more answers a prompt, the duality gap. `open_kept` opens an oracle's comparisons.
     """
     rows = list(read_rows(folder / SAMPLES))
     measured = {"length": _over_prompts(rows, [[len(ids) for ids in row["completion_ids"]] for row in rows])}
@@ -46,12 +53,16 @@ def measure(run: Run, folder: Path, earlier: list[list[Row]], comparisons: Compa
         policy, reference = (read_rows(folder / name / LOGPS) for name in (POLICY, REFERENCE))
         ratios = [np.subtract(p["logps"], r["logps"]).tolist() for p, r in zip(policy, reference, strict=True)]
         measured["kl"] = _over_prompts(rows, ratios)
-        measured["against_start"] = _against(run, rows, earlier[0], comparisons)
-        measured["against_previous"] = _against(run, rows, earlier[-1], comparisons)
-    if isinstance(comparisons.oracle, RewardOracle):
-        measured["reward"] = _reward(run, rows, comparisons.oracle)
-    if comparisons.oracle.exact and run.loop.eval_samples > 1:
-        measured["duality_gap"] = duality_gap(run, rows, [*earlier, rows], comparisons)
+    if isinstance(oracle, RewardOracle):
+        rewards = rewards_of(run, rows, oracle)
+        write_rows(folder / REWARDS, _row_by_row(rows, rewards))
+        return measured | _by_reward(rows, list(read_rows(folder / REWARDS)), earlier)
+    with open_kept(oracle) as comparisons:
+        if earlier:
+            measured["against_start"] = _against(run, rows, earlier[0], comparisons)
+            measured["against_previous"] = _against(run, rows, earlier[-1], comparisons)
+        if oracle.exact and run.loop.eval_samples > 1:
+            measured["duality_gap"] = duality_gap(run, rows, [*earlier, rows], comparisons)
     return measured
 
 
@@ -86,18 +97,37 @@ def _against(run: Run, rows: list[Row], others: list[Row], comparisons: Comparis
         for own, against in zip(row["completions"], other["completions"], strict=True):
             asked.append(_pair(run, row, own, against))
             clusters.append(row["place"])
-    outcomes = comparisons.ask(asked)
+    return _win_rate(comparisons.ask(asked), clusters)
+
+
+def _row_by_row(rows: list[Row], rewards: list[float | None]) -> list[Row]:
+    given = iter(rewards)
+    return [{"rewards": list(islice(given, len(row["completions"])))} for row in rows]
+
+
+def _by_reward(rows: list[Row], rewards: list[Row], earlier: list[list[Row]]) -> dict[str, Any]:
+    """The mean reward, and the win rates where the higher reward wins; earlier rows bring their `rewards`."""
+    known = [[value for value in row["rewards"] if value is not None] for row in rewards]
+    measured = {"reward": _over_prompts(rows, known)}
+    places = [row["place"] for row in rows for _ in row["completions"]]
+    if earlier:
+        for name, others in (("against_start", earlier[0]), ("against_previous", earlier[-1])):
+            pairs = zip(_flat(rewards), _flat(others), strict=True)
+            measured[name] = _win_rate([by_reward(own, other) for own, other in pairs], places)
+    return measured
+
+
+def _flat(rows: list[Row]) -> list[float]:
+    """The rewards of all rows, NaN for one that failed."""
+    return [math.nan if value is None else value for row in rows for value in row["rewards"]]
+
+
+def _win_rate(outcomes: list[float], clusters: list[int]) -> dict[str, Any]:
     known = [(p, cluster) for p, cluster in zip(outcomes, clusters, strict=True) if not math.isnan(p)]
     if not known:
-        return {"mean": None, "low": 0.0, "high": 1.0, "n": 0, "failed": len(asked)}
+        return {"mean": None, "low": 0.0, "high": 1.0, "n": 0, "failed": len(outcomes)}
     rate = win_rate([p for p, _ in known], [cluster for _, cluster in known])
-    return {"mean": rate.rate, "low": rate.low, "high": rate.high, "n": rate.n, "failed": len(asked) - rate.n}
-
-
-def _reward(run: Run, rows: list[Row], oracle: RewardOracle) -> dict[str, Any]:
-    given = iter(rewards_of(run, rows, oracle))
-    values = [[next(given) for _ in row["completions"]] for row in rows]
-    return _over_prompts(rows, [[value for value in own if value is not None] for own in values])
+    return {"mean": rate.rate, "low": rate.low, "high": rate.high, "n": rate.n, "failed": len(outcomes) - rate.n}
 
 
 def _pair(run: Run, row: Row, first: str, second: str) -> Pair:

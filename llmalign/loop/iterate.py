@@ -11,7 +11,7 @@ from llmalign.errors import UserError
 from llmalign.loop.cache import ROWS, add_logps, remove_parts
 from llmalign.loop.comparisons import Comparisons
 from llmalign.loop.config import HARMLESS, LoopConfig
-from llmalign.loop.evaluate import measure, sample_held_out
+from llmalign.loop.evaluate import REWARDS, measure, sample_held_out
 from llmalign.loop.judge import JUDGED, judge, score
 from llmalign.loop.oracles import check_oracle, load_oracle, oracle_identity
 from llmalign.loop.pair import PAIRS, pair
@@ -31,7 +31,7 @@ from llmalign.loop.stages import (
 )
 from llmalign.loop.train import let_go, remove_checkpoints, train
 from llmalign.recipe import Recipe
-from llmalign.rewards.preference import RewardOracle
+from llmalign.rewards.preference import Oracle, RewardOracle
 from llmalign.trainers.checkpoint import HARMLESS_KEYS, as_plain, compare_recipes, guard_output_dir
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ def make_run(recipe: Recipe) -> Run:
     except UserError as error:
         raise UserError(recipe.blame(error)) from error
     run = Run(recipe, loop)
+    check_oracle(run)
     _ = run.prompts_per_round
     return run
 
@@ -71,7 +72,6 @@ class Rounds:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        check_oracle(run)
         self._oracle = oracle_identity(run)
         # What stands for the model of each round in a manifest.
         self._models: dict[int, str] = {0: identity(run.start)}
@@ -89,6 +89,7 @@ class Rounds:
     def go(self) -> dict[str, Any]:
         """All rounds, and what was measured."""
         run = self.run
+        self._refuse_fewer_rounds()
         self._refuse_other_oracle()
         stages: list[dict[str, Manifest]] = [{"evaluate": self._evaluate(0, [])}] if run.loop.eval_prompts else [{}]
         for number in range(1, run.loop.rounds + 1):
@@ -105,6 +106,14 @@ class Rounds:
             write_json(run.folder / ROUNDS_FILE, result)
             plot_rounds(result, run.folder / PICTURE_FILE)
         return result
+
+    def _refuse_fewer_rounds(self) -> None:
+        done = len(list(self.run.folder.glob(f"round-*/train/{MANIFEST}")))
+        if done > self.run.loop.rounds:
+            raise UserError(
+                f"{self.run.folder} holds {done} finished rounds and the recipe asks for {self.run.loop.rounds}: ask "
+                f"for {done} or more, or give a new output_dir"
+            )
 
     def _refuse_other_oracle(self) -> None:
         """What another oracle has judged is not mixed with what this one says, and is not thrown away either."""
@@ -129,14 +138,13 @@ class Rounds:
             number, "judge", {**samples, "oracle": self._oracle}, lambda folder: self._judge(number, folder)
         )
         done["pair"] = self._stage(
-            number, "pair", {**samples, "judged": done["judge"].digest()}, lambda folder: self._pair(number, folder)
-        )
-        reference = run.reference if run.loop.reference == "start" else run.model(number - 1)
-        models = {"ref": reference} | ({"last": run.model(number - 1)} if run.needs_last else {})
+            number, "pair", {**samples, "judged": done["judge"].digest()}, lambda folder: self._pair(number, folder),
+            seed=run.seed(number, "judge"),  # a plan that draws must draw again what it drew when it asked
+        )  # fmt: skip
         done["cache"] = self._stage(
             number, "cache",
             {"pairs": done["pair"].digest(), "reference": self._reference, "last": last},
-            lambda folder: add_logps(run, folder, self._rows(number, "pair", PAIRS), models),
+            lambda folder: add_logps(run, folder, self._rows(number, "pair", PAIRS), run.frozen_models(number)),
         )  # fmt: skip
         done["train"] = self._stage(
             number, "train", {"rows": done["cache"].digest(), "model": last},
@@ -166,17 +174,17 @@ class Rounds:
         if not run.main:
             return Made([])
         samples = read_rows(run.round_folder(number) / "sample" / SAMPLES)
-        with self._comparisons() as comparisons:
-            if isinstance(comparisons.oracle, RewardOracle):
-                return score(run, folder, samples, comparisons.oracle)
-            return judge(run, folder, samples, comparisons, run.seed(number, "judge"))
+        with self._oracle_at_hand() as oracle:
+            if isinstance(oracle, RewardOracle):
+                return score(run, folder, samples, oracle)
+            with self._kept(oracle) as comparisons:
+                return judge(run, folder, samples, comparisons, run.seed(number, "judge"))
 
     def _pair(self, number: int, folder: Path) -> Made:
         if not self.run.main:
             return Made([])
         home = self.run.round_folder(number)
         samples, judged = read_rows(home / "sample" / SAMPLES), read_rows(home / "judge" / JUDGED)
-        # The judge's seed: a plan that draws must draw again what it drew when it asked.
         return pair(self.run, folder, samples, judged, self.run.seed(number, "judge"))
 
     def _evaluate(self, number: int, before: list[dict[str, Manifest]]) -> Manifest:
@@ -184,28 +192,38 @@ class Rounds:
         inputs = {"model": self._models[number], "oracle": self._oracle, "reference": self._reference}
         inputs |= {f"round-{earlier}": own["evaluate"].digest() for earlier, own in enumerate(before)}
 
-        seed = run.seed("evaluate")  # one for all rounds, whose answers are compared
+        seed = run.seed(number, "evaluate")
 
         def make(folder: Path) -> Made:
-            earlier = [self._rows(one, "evaluate", SAMPLES) for one in range(number)]
+            earlier = [self._held_out(one) for one in range(number)]
             made = sample_held_out(run, number, folder, seed)
             if run.main:
-                with self._comparisons() as comparisons:
-                    made.measured = measure(run, folder, earlier, comparisons)
+                with self._oracle_at_hand() as oracle:
+                    made.measured = measure(run, folder, earlier, oracle, self._kept)
+                made.outputs += [REWARDS] if run.loop.oracle == "reward" else []
             return made
 
-        return self._stage(number, "evaluate", inputs, make, seed)
+        return self._stage(number, "evaluate", inputs, make)
 
     @contextmanager
-    def _comparisons(self) -> Iterator[Comparisons]:
-        """The oracle, loaded, with what it was asked before; both are let go again, so that training has the memory."""
-        run = self.run
-        comparisons = Comparisons(run.folder / COMPARISONS_FILE, load_oracle(run), self._oracle)
+    def _oracle_at_hand(self) -> Iterator[Oracle | RewardOracle]:
+        """The oracle, loaded; it is let go again, so that training has the memory."""
+        oracle = load_oracle(self.run)
         try:
-            yield comparisons
+            yield oracle
         finally:
-            comparisons.oracle.close()
-            comparisons.close()
+            oracle.close()
+
+    def _kept(self, oracle: Oracle) -> Comparisons:
+        return Comparisons(self.run.folder / COMPARISONS_FILE, oracle, self._oracle)
+
+    def _held_out(self, number: int) -> list[Row]:
+        """A round's answers to the held-out prompts, with their rewards where the oracle gives such."""
+        rows = self._rows(number, "evaluate", SAMPLES)
+        if self.run.loop.oracle != "reward":
+            return rows
+        rewards = self._rows(number, "evaluate", REWARDS)
+        return [{**row, **own} for row, own in zip(rows, rewards, strict=True)]
 
     def _rows(self, number: int, stage: str, name: str) -> list[Row]:
         return list(read_rows(self.run.round_folder(number) / stage / name))
@@ -241,8 +259,12 @@ def _alone(run: Run) -> Iterator[None]:
     if not run.main:
         yield
         return
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / LOCK_FILE).open("w") as file:
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        file = (run.folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise UserError(f"output_dir {run.folder} cannot be written ({error.strerror}); give another") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

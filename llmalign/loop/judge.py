@@ -12,7 +12,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from llmalign.errors import UserError
 from llmalign.loop.comparisons import Comparisons, Pair
 from llmalign.loop.run import Run
-from llmalign.loop.stages import Made, Row, batches, write_rows
+from llmalign.loop.sample import SHARDS
+from llmalign.loop.stages import Made, Row, batches, read_rows, write_rows
 from llmalign.rewards.preference import RewardOracle
 from llmalign.rewards.tournament import PLANS, Chosen, Comparison, Plan
 
@@ -36,31 +37,42 @@ def judge(run: Run, folder: Path, samples: Iterable[Row], comparisons: Compariso
     spent = comparisons.count - before
     total = sum(len(row["comparisons"]) for row in rows)
     unknown = sum(p is None for row in rows for *_, p in row["comparisons"])
-    if unknown == total:
-        raise UserError(
-            f"the oracle gave no answer to any of {total} comparisons; see the warnings above, put it right and start "
-            "the same command again"
-        )
+    refuse_failures("comparisons", unknown, total, run.loop.max_failed)
     counts = {"prompts": len(rows), "comparisons": total, "identical": identical, "failed": unknown}
     return Made([JUDGED], counts, cost={"asked": spent.asked, "found": spent.found})
 
 
 def score(run: Run, folder: Path, samples: Iterable[Row], oracle: RewardOracle) -> Made:
-    """Write `judged.jsonl`: of each prompt the rewards of its completions, null for one that failed."""
+    """Write `judged.jsonl`: of each prompt the rewards of its completions, null for one that failed; by shard."""
     rows: list[Row] = []
-    for batch in _batches(run, samples, "Rewarding"):
-        rewards = iter(rewards_of(run, batch, oracle))
-        rows += [{"place": row["place"], "rewards": [next(rewards) for _ in row["completions"]]} for row in batch]
+    for number, batch in enumerate(_batches(run, samples, "Rewarding")):
+        shard = folder / SHARDS / f"{number:05d}.jsonl"
+        if not shard.is_file():
+            rewards = iter(rewards_of(run, batch, oracle))
+            own = ({"place": row["place"], "rewards": [next(rewards) for _ in row["completions"]]} for row in batch)
+            write_rows(shard, own)
+        rows += read_rows(shard)
     write_rows(folder / JUDGED, rows)
     values = [value for row in rows for value in row["rewards"]]
     known = [value for value in values if value is not None]
-    if not known:
-        raise UserError("no completion has a reward: put the reward right and start the same command again")
+    refuse_failures("rewards", len(values) - len(known), len(values), run.loop.max_failed)
     return Made(
         [JUDGED],
         {"prompts": len(rows), "rewards": len(values), "failed": len(values) - len(known)},
         {"mean_reward": sum(known) / len(known)},
     )
+
+
+def refuse_failures(what: str, failed: int, total: int, limit: float) -> None:
+    """Raise UserError where more of the oracle's answers are missing than the recipe allows, or all; say it else."""
+    if failed == total or failed > limit * total:
+        way_out = "put the oracle right" if failed == total else "put the oracle right or raise max_failed"
+        raise UserError(
+            f"{failed} of {total} {what} failed (max_failed: {limit:g}); see the warnings above, {way_out}, and start "
+            "the same command again: what was answered is kept"
+        )
+    if failed:
+        logger.warning("%d of %d %s failed; what depends on them is left out and counted.", failed, total, what)
 
 
 @dataclass
@@ -106,9 +118,9 @@ def rewards_of(run: Run, rows: list[Row], oracle: RewardOracle) -> list[float | 
     return [None if math.isnan(value) else value for value in given]
 
 
-def run_plans(plans: Sequence[Plan], ask: Callable[[list[tuple[int, Comparison]]], list[float]]) -> list[Chosen | None]:
-    """Take all plans through their levels together; None for one of whose comparisons an outcome is not known (NaN)."""
-    results: list[Chosen | None] = [None] * len(plans)
+def run_plans(plans: Sequence[Plan], ask: Callable[[list[tuple[int, Comparison]]], list[float]]) -> list[Chosen]:
+    """Take all plans through their levels together, to what each comes to."""
+    results: dict[int, Chosen] = {}
     levels: dict[int, list[Comparison]] = {}
     for number, plan in enumerate(plans):
         levels[number] = next(plan)
@@ -118,14 +130,12 @@ def run_plans(plans: Sequence[Plan], ask: Callable[[list[tuple[int, Comparison]]
         following: dict[int, list[Comparison]] = {}
         for number, level in levels.items():
             own = [next(outcomes) for _ in level]
-            if any(map(math.isnan, own)):
-                continue
             try:
                 following[number] = plans[number].send(own)
             except StopIteration as stop:
                 results[number] = stop.value
         levels = following
-    return results
+    return [results[number] for number in range(len(plans))]
 
 
 def plan_of(run: Run, row: Row, seed: int) -> Plan:
@@ -137,7 +147,9 @@ def outcome(run: Run, seed: int, place: int, first: int, second: int, p: float) 
     """The outcome of a comparison: P itself, or under `labels: sampled` 1 with probability P and else 0."""
     if run.loop.labels == "likelier" or p == 0.5 or math.isnan(p):
         return p
-    return float(random.Random(f"{seed}:{place}:{first}:{second}").random() < p)
+    # One draw for both orders: a pair that meets twice has one outcome.
+    drawn = random.Random(f"{seed}:{place}:{min(first, second)}:{max(first, second)}").random()
+    return float(drawn < p) if first < second else float(drawn >= 1 - p)
 
 
 def _pair(run: Run, row: Row, pair: Comparison) -> Pair:

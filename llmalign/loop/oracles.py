@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +22,10 @@ ANSWERS_FILE = "judge-answers.sqlite"
 
 
 def oracle_identity(run: Run) -> str:
-    """A hash of everything about the oracle that decides its answers: code, weights, or judge and question."""
+    """A hash of what the oracle answers by: the file that a function is in, a model's weights, or judge and question.
+
+    Not covered: what such a file imports.
+    """
     loop = run.loop
     parts: list[str] = [str(loop.oracle), str(loop.both_orders)]
     for name in [loop.preference_function, *(loop.reward_funcs or ())]:
@@ -29,12 +33,12 @@ def oracle_identity(run: Run) -> str:
     for path in [loop.preference_model, *(loop.reward_models or ())]:
         parts += [identity(path)] if path else []
     if loop.oracle == "judge":
-        parts += [str(loop.judge_url), str(loop.judge_model), loop.judge_answers, template(run)]
+        parts += [str(loop.judge_model), loop.judge_answers, template(run)]
         parts += [*loop.judge_letters, str(loop.judge_top_logprobs)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def load_oracle(run: Run) -> Oracle:
+def load_oracle(run: Run) -> Oracle | RewardOracle:
     """The recipe's oracle, its models loaded. Raises UserError where something that it names is not there."""
     loop, options = run.loop, {"trust_remote_code": run.config.trust_remote_code, "device": run.config.device}
     if loop.oracle == "preference_function":
@@ -100,6 +104,8 @@ def _function(run: Run, name: str) -> Callable[..., Any]:
 
 def _source(function: Any) -> str:
     """The hash of the file that a function comes from: another version of it is another oracle."""
+    while isinstance(function, partial):
+        function = function.func
     found = inspect.unwrap(function)
     code = found if inspect.isfunction(found) or inspect.ismethod(found) else type(found)
     if code.__module__ == "builtins":  # written in C: its name is all there is

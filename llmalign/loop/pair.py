@@ -11,7 +11,7 @@ from llmalign.loop.judge import outcome, plan_of, run_plans
 from llmalign.loop.run import Run
 from llmalign.loop.stages import Made, Row, write_rows
 from llmalign.rewards.preference import by_reward
-from llmalign.rewards.tournament import SAME, Chosen, Comparison
+from llmalign.rewards.tournament import SAME, TIE, Chosen, Comparison
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +56,7 @@ def _pairs(run: Run, sample: Row, verdict: Row, seed: int, dropped: Counter[str]
         dropped.update(selection.dropped)
         return _rows(run, sample, list(selection.pairs), dropped)
     chosen = _replayed(run, sample, verdict, seed)
-    if chosen is None:
-        dropped["failed"] += 1
-        return []
-    dropped.update(chosen.dropped)
+    dropped.update(_told_apart(run, sample, verdict, chosen.dropped))
     if "rewards" in verdict:
         gaps = {pair: abs(verdict["rewards"][pair[0]] - verdict["rewards"][pair[1]]) for pair in chosen.pairs}
         close = [pair for pair, gap in gaps.items() if gap < run.loop.margin]
@@ -70,7 +67,16 @@ def _pairs(run: Run, sample: Row, verdict: Row, seed: int, dropped: Counter[str]
     return _rows(run, sample, different, dropped)
 
 
-def _replayed(run: Run, sample: Row, verdict: Row, seed: int) -> Chosen | None:
+def _told_apart(run: Run, sample: Row, verdict: Row, reasons: dict[str, int]) -> dict[str, int]:
+    """Why pairs were dropped, with ties of equal answers counted as such; a tournament ties in its last comparison."""
+    made = verdict.get("comparisons", [])
+    decisive = made[-1:] if run.loop.select in ("best_worst", "best_random") else made
+    texts = sample["completions"]
+    same = min(reasons.get(TIE, 0), sum(texts[one] == texts[other] for one, other, _ in decisive))
+    return {**reasons, TIE: reasons.get(TIE, 0) - same, SAME: same} if same else reasons
+
+
+def _replayed(run: Run, sample: Row, verdict: Row, seed: int) -> Chosen:
     """What the plan comes to on the recorded comparisons, or on the order of the rewards."""
     nan = float("nan")
     if "rewards" in verdict:

@@ -9,11 +9,11 @@ from rich.table import Table
 
 from llmalign.loop.evaluate import MOST_CANDIDATES
 from llmalign.loop.iterate import make_run
-from llmalign.loop.oracles import load_oracle
+from llmalign.loop.oracles import load_oracle, template
 from llmalign.loop.run import Run
 from llmalign.loop.sample import Sampler
 from llmalign.loop.score import FrozenScorer
-from llmalign.loop.stages import Row
+from llmalign.loop.stages import MANIFEST, Row
 from llmalign.loop.train import let_go
 from llmalign.recipe import Recipe
 from llmalign.rewards.preference import RewardOracle
@@ -52,30 +52,28 @@ class _Trial:
     scored_token: float
     judged: float | None
     prompt_tokens: float
+    question_tokens: float  # of a judge's question, at four characters a token
 
 
 def plan(recipe: Recipe) -> Plan:
     """Count a run's work and try a little of it; nothing is written but what reading data keeps in caches.
 
-    Completions are counted as if all were `max_new_tokens` long, and no comparison as found, so these are upper bounds.
-    Raises UserError as `iterate` does.
+    Rounds that are done already are left out. Completions are counted as if all were `max_new_tokens` long, and no
+    comparison as found, so these are upper bounds. Raises UserError as `iterate` does.
     """
     run = make_run(recipe)
     loop, trial = run.loop, _try(run)
-    prompts = loop.rounds * run.prompts_per_round
+    done = len(list(run.folder.glob(f"round-*/train/{MANIFEST}")))
+    left = max(loop.rounds - done, 0)
+    prompts = left * run.prompts_per_round
     completions = prompts * loop.samples_per_prompt
-    measured = (loop.rounds + 1) * loop.eval_prompts * loop.eval_samples
-    by_reward = loop.oracle == "reward"
-    judged = completions if by_reward else prompts * comparisons_of(loop.select, loop.samples_per_prompt)
-    extra = 2 * loop.rounds * loop.eval_prompts * loop.eval_samples * (2 if by_reward else 1)
-    if loop.oracle == "preference_function" and loop.eval_samples > 1:
-        pools = (min(MOST_CANDIDATES, (number + 1) * loop.eval_samples) for number in range(loop.rounds + 1))
-        extra += sum(pools) * loop.eval_prompts * loop.eval_samples  # of the duality gap
-    asked = (judged + extra) * (2 if loop.both_orders else 1)
+    measured = (left + (done == 0)) * loop.eval_prompts * loop.eval_samples
+    judged, asked = _judged(run, done, prompts, measured)
     rows = prompts * _rows_of_a_prompt(run)
     row_tokens = int(trial.prompt_tokens) + loop.max_new_tokens * (loop.samples_per_prompt if run.groups else 2)
     scored = rows * row_tokens * (2 if run.needs_last else 1) + 2 * measured * loop.max_new_tokens
-    trained = int(rows * row_tokens * run.config.num_train_epochs)
+    trained = _trained_rows(run, left, rows) * row_tokens
+    by_reward = loop.oracle == "reward"
     sampled, evaluated = completions * loop.max_new_tokens, measured * loop.max_new_tokens
     judging = None if trial.judged is None else asked * trial.judged
     parts = [
@@ -85,11 +83,13 @@ def plan(recipe: Recipe) -> Plan:
         Part("train", trained, "tokens", trained * trial.scored_token * BACKWARD),
         Part("evaluate", evaluated, "tokens", evaluated * trial.sampled_token),
     ]
+    if loop.oracle == "judge":
+        parts.insert(2, Part("questions", int(asked * trial.question_tokens), "tokens, about", None))
     return Plan(
         title=(
-            f"{loop.rounds} rounds of {run.prompts_per_round:,} prompts x {loop.samples_per_prompt} completions: "
-            f"{completions:,} generations, {judged:,} {'rewards' if by_reward else 'comparisons'}, at most {rows:,} "
-            f"{'groups' if run.groups else 'pairs'}"
+            f"{left} {'more ' if done else ''}rounds of {run.prompts_per_round:,} prompts x "
+            f"{loop.samples_per_prompt} completions: {completions:,} generations, {judged:,} "
+            f"{'rewards' if by_reward else 'comparisons'}, at most {rows:,} {'groups' if run.groups else 'pairs'}"
         ),
         parts=parts,
         note=(
@@ -110,6 +110,29 @@ def plan_table(planned: Plan) -> Table:
     known = [part.seconds for part in planned.parts if part.seconds is not None]
     table.add_row("all", "", _duration(sum(known)) + ("" if len(known) == len(planned.parts) else " and the judge"))
     return table
+
+
+def _judged(run: Run, done: int, prompts: int, measured: int) -> tuple[int, int]:
+    """Comparisons or rewards of the pairs, and all that are asked for: those of evaluations, both orders."""
+    loop = run.loop
+    if loop.oracle == "reward":
+        judged = prompts * loop.samples_per_prompt
+        return judged, judged + measured
+    judged = prompts * comparisons_of(loop.select, loop.samples_per_prompt)
+    extra = 2 * (loop.rounds - done) * loop.eval_prompts * loop.eval_samples
+    if loop.oracle == "preference_function" and loop.eval_samples > 1:  # of the duality gap
+        pools = (min(MOST_CANDIDATES, (number + 1) * loop.eval_samples) for number in range(done, loop.rounds + 1))
+        extra += sum(pools) * loop.eval_prompts * loop.eval_samples
+    return judged, (judged + extra) * (2 if loop.both_orders else 1)
+
+
+def _trained_rows(run: Run, rounds: int, rows: int) -> int:
+    """Rows that training sees."""
+    config = run.config
+    if config.max_steps > 0:
+        step = config.per_device_train_batch_size * config.gradient_accumulation_steps * run.world
+        return rounds * config.max_steps * step
+    return int(rows * config.num_train_epochs)
 
 
 def _rows_of_a_prompt(run: Run) -> int:
@@ -140,7 +163,13 @@ def _try(run: Run) -> _Trial:
         scored_token=scoring / sum(groups.unique_tokens()),
         judged=_try_oracle(run, rows),
         prompt_tokens=sum(map(len, groups.prompts)) / len(groups),
+        question_tokens=_question_tokens(run, rows) if run.loop.oracle == "judge" else 0.0,
     )
+
+
+def _question_tokens(run: Run, rows: list[Row]) -> float:
+    texts = [len(str(row["prompt"])) + 2 * len(row["completions"][0]) for row in rows]
+    return (len(template(run)) + sum(texts) / len(texts)) / 4
 
 
 def _try_oracle(run: Run, rows: list[Row]) -> float | None:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from transformers import AutoConfig
 
 from llmalign.data.formats import load
 from llmalign.errors import UserError
 from llmalign.loop.config import LoopConfig
-from llmalign.loop.stages import Made, Manifest, Row, file_digest, run_stage
+from llmalign.loop.stages import MANIFEST, Made, Manifest, Row, file_digest, read_manifest, run_stage
 from llmalign.recipe import Recipe
 from llmalign.train import model_path, what_decides_the_result
 from llmalign.trainers import prepare_prompts
@@ -25,9 +27,10 @@ from llmalign.trainers.loading import check_model_options, choose_dtype, load_to
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
-    "tokenizer*", "special_tokens_map.json", "chat_template*", "*.model",
+    "*.safetensors", "*.index.json", "*model*.bin", "config.json", "generation_config.json", ADAPTER_CONFIG,
+    "tokenizer*", "special_tokens_map.json", "chat_template*", "*.model", "vocab*", "merges.txt", "*.py",
 )  # fmt: skip
 
 
@@ -89,6 +92,7 @@ class Run:
             inputs=inputs,
             seed=self.seed(number, name) if seed is None else seed,
             make=make,
+            precious=name == "train",
             main=self.main,
             barrier=self.barrier,
         )
@@ -110,8 +114,23 @@ class Run:
         return self.config.ref_model_name_or_path or self.start
 
     def model(self, number: int) -> str:
-        """The model that a round ended with."""
-        return self.start if number == 0 else str(self.round_folder(number) / "train")
+        """The model that a round ended with. Raises UserError where its weights were pruned."""
+        folder = self.round_folder(number) / "train"
+        if number and (folder / MANIFEST).is_file() and read_manifest(folder).pruned:
+            raise UserError(
+                f"the weights of {folder} were pruned (keep_rounds) and are needed again, since a result that was made "
+                "with them is gone: give a new output_dir"
+            )
+        return str(folder) if number else self.start
+
+    def frozen_models(self, number: int) -> dict[str, str]:
+        """What a round's rows are scored under, by name: the reference and, for INPO, the round before."""
+        reference = self.reference if self.loop.reference == "start" else self.model(number - 1)
+        return {"ref": reference} | ({"last": self.model(number - 1)} if self.needs_last else {})
+
+    def starts_equal(self, number: int) -> bool:
+        """Whether a round's rows hold log-probs of the very model that its training starts from."""
+        return self.needs_last or self.frozen_models(number)["ref"] == self.model(number - 1)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -137,6 +156,7 @@ class Run:
                 len(raw) - len(ready), len(raw), self.longest_prompt,
             )  # fmt: skip
         rows = [{key: row[key] for key in ("row_id", "prompt", "prompt_ids", *columns)} for row in ready]
+        rows = self._once(rows)
         random.Random(self.config.seed).shuffle(rows)
         if len(rows) < self.loop.eval_prompts + 1:
             raise UserError(
@@ -144,6 +164,21 @@ class Run:
                 "which leaves none to train on; give more prompts or lower eval_prompts"
             )
         return rows
+
+    def _once(self, rows: list[Row]) -> list[Row]:
+        """Every prompt once, so that what is measured on is never trained on; `reuse_prompts` keeps repeated ones."""
+        different = list({json.dumps(row["prompt"]): row for row in reversed(rows)}.values())[::-1]
+        if len(different) == len(rows):
+            return rows
+        if self.loop.reuse_prompts:
+            logger.warning(
+                "%d of %d prompts repeat others, and reuse_prompts keeps them: rounds are measured on prompts that are "
+                "trained on too.",
+                len(rows) - len(different), len(rows),
+            )  # fmt: skip
+            return rows
+        logger.warning("%d of %d prompts repeat others and are left out.", len(rows) - len(different), len(rows))
+        return different
 
     @property
     def longest_prompt(self) -> int | None:
@@ -179,7 +214,7 @@ class Run:
 
     def round_recipe(self, number: int, folder: Path) -> Recipe:
         """The recipe of one round's training, which starts from the model of the round before."""
-        config = {**self.recipe.config, "output_dir": str(folder), "seed": self.config.seed + number}
+        config = {**self.recipe.config, "output_dir": str(folder), "seed": self.seed(number, "train")}
         config |= {"precompute_ref_log_probs": True, "eval_strategy": "no"}
         config.pop("ref_model_name_or_path", None)  # its log-probs are columns of the rows
         return replace(
@@ -188,11 +223,18 @@ class Run:
 
 
 def identity(path: str) -> str:
-    """What stands for a model in a manifest: the hash of its files, or its name on the Hub."""
+    """What stands for a model in a manifest: the hash of its files, or its name and commit on the Hub."""
     folder = Path(path)
     if not folder.is_dir():
-        return path
+        try:
+            return f"{path}@{AutoConfig.from_pretrained(path)._commit_hash}"
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise UserError(f"no model could be found at {path!r} ({reason}); check the path or name") from error
     digest = hashlib.sha256()
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        digest.update(identity(base).encode())
     for name in model_files(folder):
         digest.update(name.encode() + b"\0" + file_digest(folder / name).encode())
     return digest.hexdigest()
@@ -225,9 +267,11 @@ def _refuse(recipe: Recipe, config: Any, loop: LoopConfig) -> None:
     if recipe.model.get("model_revision") is not None:
         raise UserError("model_revision is not read by iterate, which loads models by their folders: name a snapshot's")
     if config.load_best_model_at_end or str(config.save_strategy) == "best":
-        raise UserError(
-            "load_best_model_at_end needs evaluations while training, which rounds have not; leave it out"
-        )
+        raise UserError("load_best_model_at_end needs evaluations while training, which rounds have not; leave it out")
+    if config.push_to_hub:
+        raise UserError("push_to_hub would publish every round under one name; push the last round's model by hand")
+    if recipe.method.kind == "groups" and (loop.select, loop.margin) != ("best_worst", 0.0):
+        raise UserError(f"method: {name} trains on all completions of a prompt: select and margin are not for it")
     if recipe.data.streaming:
         raise UserError("streaming: true has no end to part into rounds; iterate reads its prompts whole")
     for key in ("eval_datasets", "dataset_test_split"):
@@ -237,7 +281,8 @@ def _refuse(recipe: Recipe, config: Any, loop: LoopConfig) -> None:
         raise UserError(
             f"max_length {config.max_length} leaves a prompt no room beside max_new_tokens {loop.max_new_tokens}"
         )
-    if config.deepspeed or config.fsdp:
+    launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
+    if config.deepspeed or config.fsdp or launched:
         raise UserError("iterate samples from whole models: it runs under DDP, not under DeepSpeed or FSDP")
     known = {entry.name for entry in fields(recipe.method.config)} & {entry.name for entry in fields(LoopConfig)}
     assert not known, f"keys of two owners: {known}"

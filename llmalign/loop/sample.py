@@ -1,8 +1,8 @@
 """The stage `sample`: completions of a round's prompts under its model, shard by shard."""
 
 import logging
-import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from llmalign.loop.run import Run
 from llmalign.loop.stages import Made, Row, read_rows, wait_for, write_rows
 from llmalign.scores.sampling import end_token_ids, sample_groups
 from llmalign.trainers._trl import load_frozen
+from llmalign.trainers.loading import model_arguments
 from llmalign.trainers.vllm import VLLMSampler
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,14 @@ class Sampler:
 
     def __init__(self, run: Run, model: str, samples: int) -> None:
         self._run, self._samples = run, samples
-        self._model: Any = load_frozen(model, run.config).to(run.config.device).eval()
-        self._ends = end_token_ids(self._model, run.tokenizer)
         self._server = None
-        if run.loop.vllm_server is not None:
+        if run.loop.vllm_server is not None:  # a server knows no adapters: they are merged
+            self._model: Any = load_frozen(model, run.config).to(run.config.device)
             self._server = VLLMSampler(run.loop.vllm_server, self._model, timeout=run.loop.vllm_timeout)
+        else:
+            self._model = _as_it_is_trained(run, model)
+        self._model.eval()
+        self._ends = end_token_ids(self._model, run.tokenizer)
 
     def rows(self, prompts: list[Row], seed: int) -> list[Row]:
         """The prompts with their completions: texts, ids, and whether each ended by itself."""
@@ -95,6 +99,15 @@ class Sampler:
             )
 
 
+def _as_it_is_trained(run: Run, path: str) -> Any:
+    """A model for sampling: an adapter beside its base and not merged into it, quantized weights as they are."""
+    options = replace(run.options, model_name_or_path=path)
+    model, keywords, _ = model_arguments(options, trust_remote_code=run.config.trust_remote_code)
+    if isinstance(model, str):
+        model = load_frozen(model, run.config, keywords["quantization_config"])
+    return model if run.options.load_in_4bit or run.options.load_in_8bit else model.to(run.config.device)
+
+
 def write_shards(
     run: Run,
     folder: Path,
@@ -106,21 +119,25 @@ def write_shards(
     into: str,
     what: str,
     alone: bool = False,
+    together: bool = False,
 ) -> Made:
     """Work on rows `size` at a time, each process on its share, and put the results end to end in the file `into`.
 
     With `alone` the main process does all of it. `start` makes what the work needs, such as a model, where there is
-    work left; it is closed after it. A shard is written whole, and a run that is stopped goes on behind its last one.
+    work left; it is closed after it. With `together` no process makes it without the others. A shard is written whole,
+    and a run that is stopped goes on behind its last one.
     """
     shards = [rows[first : first + size] for first in range(0, len(rows), size)]
     paths = [folder / SHARDS / f"{number:05d}.jsonl" for number in range(len(shards))]
-    share = range(len(shards) if run.main else 0) if alone else range(run.rank, len(shards), run.world)
-    own = [number for number in share if not paths[number].is_file()]
-    if own:
+    run.barrier()
+    missing = [number for number, path in enumerate(paths) if not path.is_file()]
+    run.barrier()  # before any process adds to them: all have seen the same
+    share = (missing if run.main else []) if alone else missing[run.rank :: run.world]
+    if share or (together and missing):
         tool = start()
-        with tqdm(total=sum(len(shards[number]) for number in own), desc=what, unit="prompt",
+        with tqdm(total=sum(len(shards[number]) for number in share), desc=what, unit="prompt",
                   disable=not run.main or run.config.disable_tqdm) as bar:  # fmt: skip
-            for number in own:
+            for number in share:
                 write_rows(paths[number], work(tool, shards[number], number))
                 bar.update(len(shards[number]))
         tool.close()
@@ -130,8 +147,3 @@ def write_shards(
         wait_for(path)
     write_rows(folder / into, (row for path in paths for row in read_rows(path)))
     return Made([into])
-
-
-def remove_shards(folder: Path) -> None:
-    """Drop the shards of a finished stage, whose result holds all of them."""
-    shutil.rmtree(folder / SHARDS, ignore_errors=True)

@@ -18,7 +18,7 @@ from llmalign.types import PromptGroups
 SCORING_KEYS = (
     "bf16", "fp16", "use_cpu", "scoring", "max_length", "pad_to_multiple_of", "per_device_train_batch_size",
     "per_device_eval_batch_size", "trust_remote_code", "model_init_kwargs", "activation_checkpointing",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "router_aux_loss_coef",
 )  # fmt: skip
 CARRIER = METHODS["pair"]  # the model lies in a trainer, as it does while it is trained
 ONE_ROW = Dataset.from_dict(  # a trainer must have data; with its log-probs there, no reference is loaded

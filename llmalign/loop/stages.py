@@ -96,15 +96,22 @@ def run_stage(
     inputs: Mapping[str, str],
     seed: int,
     make: Callable[[Path], Made],
+    precious: bool = False,
     main: bool = True,
     barrier: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """The stage's manifest, after doing what is not done yet. Partial work of the same inputs is left for `make`.
 
-    Of several processes all call it. The main one begins, collects and writes the manifest; the others do their share
-    of `make` and look for the manifest, since no exchange between processes waits as long as a stage may take.
+    A `precious` result that is not whole is refused instead of removed. Of several processes all call this. The main
+    one begins, collects and writes the manifest; the others do their share of `make` and look for the manifest, since
+    no exchange between processes waits as long as a stage may take.
     """
     kept = finished(folder, inputs)
+    if kept is None and precious and (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{folder} holds a trained model that is not what its {MANIFEST} says any more (see the warning above): "
+            "put it back, or delete the folder to have it trained again"
+        )
     barrier()
     if kept is not None:
         logger.info("%s: done already.", _name(folder))

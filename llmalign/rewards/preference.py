@@ -1,8 +1,8 @@
 """Oracles: what says how likely one answer to a prompt beats another, and what scores answers one by one.
 
 An oracle takes texts or conversations and gives P(first beats second), a number in [0, 1] for each pair, NaN for a pair
-that could not be judged. A scoring oracle has a reward for each answer besides, NaN for one that failed; the answer of
-the higher reward beats the other.
+that could not be judged. A reward oracle has a reward for each answer instead, NaN for one that failed; the answer of
+the higher reward beats the other (`by_reward`).
 """
 
 import asyncio
@@ -99,7 +99,7 @@ class ModelOracle(Oracle):
 
 
 class JudgeOracle(Oracle):
-    """A judge over HTTP. What it could not judge is NaN, is counted by the judge and asked again by the next run."""
+    """A judge over HTTP. What it could not judge is NaN and is not kept, so it is asked for again when it is needed."""
 
     exact = False
 
@@ -117,14 +117,12 @@ class JudgeOracle(Oracle):
         self.judge.client.close()
 
 
-class RewardOracle(Oracle):
+class RewardOracle:
     """The sum of reward functions and reward models; best and worst of a prompt's answers are those of its rewards.
 
     Functions have TRL's signature; where all of them leave an answer without a reward, or one fails on it, its reward
     is NaN.
     """
-
-    exact = False
 
     def __init__(self, functions: Sequence[Guarded | ModelReward]) -> None:
         self._functions = list(functions)
@@ -141,12 +139,8 @@ class RewardOracle(Oracle):
             totals = [_plus(total, reward) for total, reward in zip(totals, given, strict=True)]
         return [math.nan if total is None else total for total in totals]
 
-    def preferences(
-        self, prompts: Sequence[Content], first: Sequence[Content], second: Sequence[Content], **columns: Any
-    ) -> list[float]:
-        """1, 0 or, for equal rewards, 0.5 for each of N pairs."""
-        own, other = (self.rewards(prompts, answers, **columns) for answers in (first, second))
-        return [by_reward(one, two) for one, two in zip(own, other, strict=True)]
+    def close(self) -> None:
+        """Nothing is held open."""
 
 
 def by_reward(first: float, second: float) -> float:

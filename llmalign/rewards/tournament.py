@@ -1,12 +1,16 @@
 """Which of K answers to compare, and which pairs to train on, as a plan that asks for comparisons level by level.
 
 A plan is a generator over indices of answers: it yields the comparisons (first, second) of a level, is sent the
-outcome of each (1 the first won, 0 it lost, 0.5 a tie, or anything between), and returns its pairs (chosen, rejected).
+outcome of each (1 the first won, 0 it lost, 0.5 a tie, or anything between; NaN, not known), and returns its pairs
+(chosen, rejected). A comparison that is not known costs a tournament its pair, and elsewhere itself alone.
+
 All plans of a batch of prompts go through their levels together, so that an oracle sees large batches; the same plan
 sent the same outcomes comes to the same pairs, so that a selection can be made again from recorded ones.
 """
 
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -15,7 +19,7 @@ from llmalign.errors import UserError
 
 Comparison = tuple[int, int]
 
-TIE, DISAGREED, SAME = "tie", "winner_lost_to_loser", "same_answer"
+TIE, DISAGREED, SAME, FAILED = "tie", "winner_lost_to_loser", "same_answer", "failed"
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,14 @@ def best_worst(count: int, rng: random.Random) -> Plan:
     then meets the last loser, and the pair is kept only if it wins. An odd one out goes on without a comparison.
     """
     outcomes = yield _in_twos(range(count))
+    if any(map(math.isnan, outcomes)):
+        return Chosen(dropped={FAILED: 1})
     top, bottom = _advance(range(count), outcomes, winners=True), _advance(range(count), outcomes, winners=False)
     while len(top) > 1 or len(bottom) > 1:
         upper, lower = _in_twos(top), _in_twos(bottom)
         outcomes = yield [*upper, *lower]
+        if any(map(math.isnan, outcomes)):
+            return Chosen(dropped={FAILED: 1})
         top = _advance(top, outcomes[: len(upper)], winners=True)
         bottom = _advance(bottom, outcomes[len(upper) :], winners=False)
     return (yield from _kept_if_it_wins(top[0], bottom[0]))
@@ -50,6 +58,8 @@ def best_random(count: int, rng: random.Random) -> Plan:
     top: Sequence[int] = range(count)
     while len(top) > 1:
         outcomes = yield _in_twos(top)
+        if any(map(math.isnan, outcomes)):
+            return Chosen(dropped={FAILED: 1})
         top = _advance(top, outcomes, winners=True)
     other = rng.choice([index for index in range(count) if index != top[0]])
     return (yield from _kept_if_it_wins(top[0], other))
@@ -90,19 +100,21 @@ def _kept_if_it_wins(best: int, worst: int) -> Plan:
     if best == worst:
         return Chosen(dropped={DISAGREED: 1})
     (outcome,) = yield [(best, worst)]
-    if outcome == 0.5:
-        return Chosen(dropped={TIE: 1})
+    if outcome == 0.5 or math.isnan(outcome):
+        return Chosen(dropped={TIE if outcome == 0.5 else FAILED: 1})
     return Chosen([(best, worst)]) if outcome > 0.5 else Chosen(dropped={DISAGREED: 1})
 
 
 def _each(comparisons: list[Comparison]) -> Plan:
     outcomes = yield comparisons
-    pairs, ties = [], 0
+    pairs = []
+    dropped: Counter[str] = Counter()
     for (first, second), outcome in zip(comparisons, outcomes, strict=True):
-        ties += outcome == 0.5
-        if outcome != 0.5:
+        if math.isnan(outcome) or outcome == 0.5:
+            dropped[TIE if outcome == 0.5 else FAILED] += 1
+        else:
             pairs.append((first, second) if outcome > 0.5 else (second, first))
-    return Chosen(pairs, {TIE: ties} if ties else {})
+    return Chosen(pairs, dict(dropped))
 
 
 def _in_twos(entrants: Sequence[int]) -> list[Comparison]:

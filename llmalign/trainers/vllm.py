@@ -1,7 +1,10 @@
-"""Completions from a vLLM server (`trl vllm-serve`) through TRL's client, under weights that it is sent."""
+"""Completions from a vLLM server through TRL's client, under weights that it is sent.
+
+The server is started as TRL's client asks: `vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}'`.
+"""
 
 import logging
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 from transformers import PreTrainedModel
 from trl.generation.vllm_client import VLLMClient
@@ -9,6 +12,8 @@ from trl.generation.vllm_client import VLLMClient
 from llmalign.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+REQUESTS_AT_A_TIME = 32
 
 
 class VLLMSampler:
@@ -22,9 +27,9 @@ class VLLMSampler:
     def __init__(self, url: str, model: PreTrainedModel, *, timeout: float = 240.0) -> None:
         try:
             self._client = VLLMClient(base_url=url, connection_timeout=timeout)
-        except (ImportError, ConnectionError) as error:
-            raise UserError(f"no vLLM server can be used at {url}: {error}") from error
-        self._client.init_communicator(device=model.device)
+            self._client.init_communicator(device=model.device)
+        except (ImportError, ConnectionError, RuntimeError, NotImplementedError) as error:
+            raise UserError(f"the vLLM server at {url} cannot be used: {error}") from error
         self._client.update_model_params(model)
         self._client.reset_prefix_cache()
         logger.info("Sampling on the vLLM server at %s, under weights sent to it now.", url)
@@ -41,18 +46,22 @@ class VLLMSampler:
         ends: list[int],
     ) -> list[list[list[int]]]:
         """Token ids of `samples` completions of each prompt, the end token included where one was produced."""
-        options: dict[str, Any] = {"seed": seed, "stop_token_ids": ends}
-        answer = self._client.generate(
-            prompt_ids,
-            n=samples,
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=max_new_tokens,
-            logprobs=None,
-            generation_kwargs=options,
-        )
-        drawn = answer["completion_ids"]
-        return [drawn[first : first + samples] for first in range(0, len(drawn), samples)]
+
+        def ask(place: int) -> list[list[int]]:
+            # A request of its own: the seed of a request is that of each of its prompts.
+            answer = self._client.generate(
+                [prompt_ids[place]],
+                n=samples,
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=max_new_tokens,
+                logprobs=None,
+                generation_kwargs={"seed": (seed + place) % 2**31, "stop_token_ids": ends},
+            )
+            return answer["completion_ids"]
+
+        with ThreadPoolExecutor(REQUESTS_AT_A_TIME) as pool:
+            return list(pool.map(ask, range(len(prompt_ids))))
 
     def close(self) -> None:
         """Leave the server, so that the next round's sampler can send it other weights."""

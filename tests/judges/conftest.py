@@ -47,19 +47,3 @@ def client(
     yield make
     for one in made:
         one.close()
-
-
-@pytest.fixture(scope="session")
-def gguf_model(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stories model as GGUF."""
-    for package in ("gguf", "xllamacpp"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}, part of the extra dev: pip install 'llmalign[dev]'")
-    folder = shared / "models" / "stories260K"
-    if not folder.is_dir():
-        pytest.skip(f"needs a tiny model, and {folder} is not there")
-    from tests.judges.serving import write_gguf
-
-    path = tmp_path_factory.mktemp("gguf") / "stories.gguf"
-    write_gguf(folder, path)
-    return path

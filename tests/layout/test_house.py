@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("losses", "scores", "trainers", "diffusion", "data", "rewards", "evaluation", "embedded", "cli", "judges", "loop")
+PACKAGES = (
+    "losses", "scores", "trainers", "diffusion", "data", "rewards", "evaluation", "embedded", "cli", "judges", "loop",
+)  # fmt: skip
 FOLDERS = ("trainers", "data", "data/samples", "accelerate_configs", "scripts", "tests")
 FILES = ("pyproject.toml", "README.md", "Makefile", "constraints.txt", "LICENSE", ".ci/run")
 CODE = sorted(path for folder in ("llmalign", "scripts") for path in (ROOT / folder).rglob("*.py"))
