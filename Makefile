@@ -13,7 +13,7 @@ help:
 	@echo "make quickstart   align a small language model and measure it (about 4 minutes, no download)"
 	@echo "make test         the test suite (make test-all: the slow ones too)"
 	@echo "make lint         ruff, format check, mypy"
-	@echo "make claims       what the papers claim, measured (an hour and a half on two idle cores)"
+	@echo "make claims       what the papers claim, measured (two hours on two idle cores)"
 	@echo "make bench        time and memory of a step beside TRL (two hours; ARGS='--case k8' runs one case)"
 
 setup: $(STAMP)
@@ -35,7 +35,7 @@ quickstart: setup
 	$(BIN)/llmalign quickstart
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-all: setup
 	$(BIN)/python -m pytest -q

@@ -66,9 +66,7 @@ def test_a_failed_comparison_is_null_and_ends_its_prompt_alone(tmp_path: Path) -
 
 
 def test_an_oracle_without_any_answer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="2 of 2 comparisons failed.*put the oracle right, and start"
-    ):
+    with pytest.raises(UserError, match="2 of 2 comparisons failed.*put the oracle right, and start"):
         judge(run_of(), tmp_path, [sampled(0, FOUR)], comparisons(tmp_path, lambda a, b: NAN), seed=1)
     assert not (tmp_path / "judged.jsonl").exists() or judged(tmp_path)
 
@@ -174,7 +172,5 @@ def test_rewards_are_recorded_answer_by_answer(tmp_path: Path, monkeypatch: pyte
 
 def test_rewards_that_all_fail_are_refused(tmp_path: Path) -> None:
     run = run_of(oracle="reward", reward_funcs=["mine.py:f"])
-    with pytest.raises(
-        UserError, match="4 of 4 rewards failed.*put the oracle right, and start"
-    ):
+    with pytest.raises(UserError, match="4 of 4 rewards failed.*put the oracle right, and start"):
         score(run, tmp_path, [sampled(0, FOUR)], RewardOracle([guard(lambda **_: [NAN] * 4)]))
