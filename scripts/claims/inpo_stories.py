@@ -162,12 +162,12 @@ def judge(records: list[Result]) -> Outcome:
         axes[0].set(xlabel="round", ylabel="duality gap", ylim=(0, 0.7), title="Distance from equilibrium")
         axes[1].set(xlabel="round", ylabel="share of stories", ylim=(0, 1.05), title="Largest of the three classes")
         axes[2].set(xlabel="round", ylabel="nats a story", title="KL to the start")
-        axes[0].legend(fontsize=7)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
 
     return Outcome(
         holds=not failed,
         verdict=(
-            ("" if not failed else f"What fails, on every seed asked: {'; '.join(failed)}. ")
+            ("" if not failed else f"What fails on at least one seed: {'; '.join(failed)}. ")
             + f"The duality gap starts at {before:.2f}. Highest on any seed: INPO {max(numbers['highest'][inpo]):.2f}, "
             f"DPO against the round before {max(numbers['highest'][dpo]):.2f} (at least "
             f"{min(numbers['highest'][dpo]):.2f}). In the last round: "

@@ -16,6 +16,7 @@ from llmalign.embedded import (
     split,
     write_samples,
 )
+from llmalign.embedded.stories import openings
 from llmalign.errors import UserError
 
 
@@ -84,10 +85,20 @@ def test_sample_files_are_reproduced_byte_for_byte(repository: Path, tmp_path: P
         assert path.read_bytes() == (shipped / path.name).read_bytes(), path.name
 
 
+def test_openings_are_all_different_beginnings_of_stories(repository: Path) -> None:
+    lines = (repository / "data" / "samples" / "openings.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {tuple(row) for row in rows} == {("prompt",)} and len({row["prompt"] for row in rows}) == len(rows) == 1400
+    assert all(row["prompt"].startswith("Once upon a time, there was a ") for row in rows)
+    assert openings(5) == [row["prompt"] for row in rows[:5]] != openings(5, seed=1)
+
+
 def test_sample_files_keep_train_and_test_apart(repository: Path) -> None:
     counts = {}
     for path in sorted((repository / "data" / "samples").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.stem == "openings":  # of stories, not of this world
+            continue
         for row in rows:
             assert (parse_prompt(row["prompt"]) in split()[1]) == (row["split"] == "test")
         counts[path.stem] = (len(rows), sum(row["split"] == "test" for row in rows))

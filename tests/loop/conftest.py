@@ -10,9 +10,9 @@ import pytest
 from tests.loop.running import Bench
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _little_garbage() -> Iterator[None]:
-    """Every stage collects garbage: what the libraries made on import, most of all objects, is left out of that."""
+    """Every stage collects garbage: what libraries and earlier tests made, most of all objects, is left out of that."""
     import_module("llmalign.loop.plan")
     gc.collect()
     gc.freeze()

@@ -174,3 +174,18 @@ def test_rewards_that_all_fail_are_refused(tmp_path: Path) -> None:
     run = run_of(oracle="reward", reward_funcs=["mine.py:f"])
     with pytest.raises(UserError, match="4 of 4 rewards failed.*put the oracle right, and start"):
         score(run, tmp_path, [sampled(0, FOUR)], RewardOracle([guard(lambda **_: [NAN] * 4)]))
+
+
+def test_rewards_that_failed_are_asked_for_again(tmp_path: Path) -> None:
+    """A reward that was away when it was asked and is back for the same command; what it did say is not asked again."""
+    run, away, asked = run_of(oracle="reward", reward_funcs=["mine.py:f"]), [True], []
+
+    def reward(prompts, completions, **columns):
+        asked.extend(completions)
+        return [NAN if away[0] and text == "b" else float(len(text)) for text in completions]
+
+    with pytest.raises(UserError, match="1 of 4 rewards failed"):
+        score(run, tmp_path, [sampled(0, FOUR)], RewardOracle([guard(reward)]))
+    away[0] = False
+    score(run, tmp_path, [sampled(0, FOUR)], RewardOracle([guard(reward)]))
+    assert judged(tmp_path) == [{"place": 0, "rewards": [2.0, 1.0, 4.0, 3.0]}]

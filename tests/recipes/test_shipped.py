@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 from llmalign.cli import main
-from llmalign.recipe import load_recipe
+from llmalign.loop import LoopConfig
+from llmalign.recipe import Recipe, load_recipe
+from llmalign.rewards.functions import load_function
 from llmalign.trainers import METHODS
 from llmalign.trainers.loading import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2] / "trainers"
 RECIPES = sorted(path.relative_to(ROOT.parent).as_posix() for path in ROOT.glob("*/*.yaml"))
+OF_ROUNDS = [recipe for recipe in RECIPES if "/iterate" in recipe]
 PAPER_VALUES = {
     "rpo": {"beta": 0.01, "eta": 0.005, "learning_rate": 5e-7, "num_train_epochs": 1, "max_length": 1024},
     "rdpo": {"beta": 0.01, "flip_rate": 0.1, "max_length": 512},
@@ -30,15 +33,55 @@ def folder_of(method: str) -> str:
     return method.removesuffix("_online")
 
 
+def loaded(recipe: str) -> Recipe:
+    """A recipe as the command that it is for reads it."""
+    return load_recipe(recipe, loop=LoopConfig if recipe in OF_ROUNDS else None)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_parses_into_its_config(recipe: str) -> None:
-    read = load_recipe(recipe)
+    read = loaded(recipe)
     config, model = read.training_config(), read.model_config()
     assert isinstance(config, read.method.config) and isinstance(model, ModelConfig)
     assert read.data.train_sources()
     read.data.eval_sources()
     assert recipe.split("/")[1] == folder_of(read.method.name)
     assert config.output_dir.startswith(f"runs/{read.method.name}")
+
+
+@pytest.mark.parametrize("recipe", OF_ROUNDS)
+def test_recipe_of_rounds_has_an_oracle_and_fits_its_lengths(recipe: str) -> None:
+    read = loaded(recipe)
+    loop, config = LoopConfig(**read.loop), read.training_config()
+    assert config.max_length > loop.max_new_tokens
+    assert loop.eval_prompts > 0, "no round would be measured"
+    for name in [loop.preference_function, *(loop.reward_funcs or ())]:
+        assert name is None or callable(load_function(name))
+    train_alone = ["eval_datasets", "dataset_test_split", "holdout_rows"]
+    assert not any(getattr(read.data, key) for key in train_alone)
+
+
+def test_rounds_with_the_paper_s_values() -> None:
+    """INPO's appendix B: three rounds, eight answers at temperature one, 20k fresh prompts each, batch 128."""
+    read = loaded("trainers/inpo/iterate_paper.yaml")
+    loop, config = LoopConfig(**read.loop), read.training_config()
+    assert (loop.rounds, loop.samples_per_prompt, loop.select, loop.temperature) == (3, 8, "best_worst", 1.0)
+    assert {key: getattr(config, key) for key in PAPER_VALUES["inpo"]} == PAPER_VALUES["inpo"]
+    assert config.tau == pytest.approx(config.eta / 3) and not loop.reuse_prompts
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == PAPER_BATCH["inpo"]
+
+
+@pytest.mark.slow
+def test_smoke_recipe_of_rounds_runs(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    smoke = ["iterate", "trainers/inpo/iterate_smoke.yaml", "--output_dir", str(output), "--disable_tqdm", "true"]
+    assert main(smoke) == 0
+    result = json.loads((output / "rounds.json").read_text())
+    assert [one["round"] for one in result["rounds"]] == [0, 1, 2]
+    for one in result["rounds"][1:]:
+        assert one["counts"]["pair"]["pairs"] > 8 and math.isfinite(one["kl"]["mean"])
+        assert {"against_start", "against_previous", "duality_gap", "length"} <= set(one)
+    assert (output / "rounds.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("method", ["rpo", "rdpo", "inpo", "copg"])
