@@ -13,7 +13,7 @@ from llmalign.loop.comparisons import Comparisons
 from llmalign.loop.config import HARMLESS, LoopConfig
 from llmalign.loop.evaluate import REWARDS, measure, sample_held_out
 from llmalign.loop.judge import JUDGED, judge, score
-from llmalign.loop.oracles import check_oracle, load_oracle, oracle_identity
+from llmalign.loop.oracles import check_oracle, load_oracle, oracle_identity, try_oracle
 from llmalign.loop.pair import PAIRS, pair
 from llmalign.loop.report import plot_rounds
 from llmalign.loop.run import Run, identity
@@ -98,7 +98,7 @@ class Rounds:
         result = {
             "method": run.recipe.method.name,
             "model": str(run.options.model_name_or_path),
-            "oracle": run.loop.oracle,
+            "oracle": run.loop.preference_function or run.loop.preference_model or run.loop.judge_model or "rewards",
             "rounds": [_summary(number, own) for number, own in enumerate(stages)],
             "final_model": run.model(run.loop.rounds),
         }
@@ -284,4 +284,5 @@ def _remember(rounds: Rounds) -> None:
         compare_recipes(path, fingerprint, frozenset((HARMLESS_KEYS | HARMLESS) - shared))
         return
     guard_output_dir(run.folder, None, fingerprint)
+    try_oracle(run)
     write_json(path, dict(sorted(as_plain(fingerprint).items())))

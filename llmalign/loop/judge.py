@@ -55,7 +55,13 @@ def score(run: Run, folder: Path, samples: Iterable[Row], oracle: RewardOracle) 
     write_rows(folder / JUDGED, rows)
     values = [value for row in rows for value in row["rewards"]]
     known = [value for value in values if value is not None]
-    refuse_failures("rewards", len(values) - len(known), len(values), run.loop.max_failed)
+    try:
+        refuse_failures("rewards", len(values) - len(known), len(values), run.loop.max_failed)
+    except UserError:
+        for shard in (folder / SHARDS).iterdir():  # what failed is asked for again
+            if any(None in row["rewards"] for row in read_rows(shard)):
+                shard.unlink()
+        raise
     return Made(
         [JUDGED],
         {"prompts": len(rows), "rewards": len(values), "failed": len(values) - len(known)},

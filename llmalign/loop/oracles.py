@@ -2,6 +2,8 @@
 
 import hashlib
 import inspect
+import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,9 @@ from llmalign.rewards.model import load_reward_model
 from llmalign.rewards.pair_model import load_preference_model
 from llmalign.rewards.preference import FunctionOracle, JudgeOracle, ModelOracle, Oracle, RewardOracle
 
+logger = logging.getLogger(__name__)
+
+TRIED = ("Yes, of course.", "No.")
 ANSWERS_FILE = "judge-answers.sqlite"
 
 
@@ -60,6 +65,28 @@ def check_oracle(run: Run) -> None:
     if run.loop.oracle == "judge":
         with TemporaryDirectory() as scratch, _judge(run, Path(scratch)).client as client:
             client.check()
+
+
+def try_oracle(run: Run) -> None:
+    """Ask functions once, before hours of sampling: raises UserError where one gives something else than it must.
+
+    A preference function that likes a place, whatever stands there, is said.
+    """
+    oracle = load_oracle(run) if run.loop.preference_function or run.loop.reward_funcs else None
+    row = run.prompts[0]
+    columns = {name: [row[name]] for name in run.loop.oracle_columns or ()}
+    if isinstance(oracle, FunctionOracle):
+        orders = [oracle.preferences([row["prompt"]], [one], [two], **columns)[0] for one, two in (TRIED, TRIED[::-1])]
+        if abs(sum(orders) - 1) > 1e-6:
+            logger.warning(
+                "%s gives P = %.3g and, the other way round, %.3g, which do not add up to 1: where an answer stands "
+                "matters to it; set both_orders: true.",
+                oracle.name, *orders,
+            )  # fmt: skip
+    elif isinstance(oracle, RewardOracle):
+        ids = [run.tokenizer(TRIED[0])["input_ids"]]
+        if math.isnan(oracle.rewards([row["prompt"]], [TRIED[0]], completion_ids=ids, **columns)[0]):
+            logger.warning("The reward of %r is none; see the warning above, if there is one.", TRIED[0])
 
 
 def template(run: Run) -> str:

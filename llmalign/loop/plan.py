@@ -94,8 +94,8 @@ def plan(recipe: Recipe) -> Plan:
         parts=parts,
         note=(
             f"Upper bounds: every completion {loop.max_new_tokens} tokens long. Times from a trial of "
-            f"{_trial_prompts(run)} prompts on one process, loading of models not counted."
-            + (" A judge over HTTP is not tried." if trial.judged is None else "")
+            f"{_trial_prompts(run)} prompts on one process, loading of models not counted. Judging includes that of "
+            "evaluations." + (" A judge over HTTP is not tried." if trial.judged is None else "")
         ),
     )
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from llmalign.loop.run import ADAPTER_CONFIG, Run, model_files
 from llmalign.loop.stages import Made, Row, write_json
 from llmalign.train import run as run_recipe
-from llmalign.trainers.checkpoint import ASIDE
+from llmalign.trainers.checkpoint import ASIDE, RUN_FILE
 
 CHECKPOINTS = "checkpoint-*"
 
@@ -22,7 +22,10 @@ def train(run: Run, number: int, folder: Path, rows: list[Row]) -> Made:
     columns = [name for name in rows[0] if name not in ("prompt", "chosen", "rejected", "completions")]
     data = Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
     result: dict[str, Any] = run_recipe(
-        run.round_recipe(number, folder), resume="auto", rows=data, starts_equal=run.starts_equal(number)
+        run.round_recipe(number, folder),
+        resume="auto" if (folder / RUN_FILE).is_file() else None,
+        rows=data,
+        starts_equal=run.starts_equal(number),
     )
     let_go()
     if not run.main:

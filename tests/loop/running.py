@@ -24,7 +24,8 @@ def vowels(text):
     return sum(text.lower().count(letter) for letter in "aeiou") + len(text) / 100
 
 def preferred(prompts, first, second, **columns):
-    log("preferred", prompts, first, second)
+    if "No." not in [*first, *second]:  # what a run tries its oracle on, in both orders, before it begins
+        log("preferred", prompts, first, second)
     gaps = [vowels(a) - vowels(b) for a, b in zip(first, second)]
     return [0.5 if gap == 0 else 0.9 if gap > 0 else 0.1 for gap in gaps]
 

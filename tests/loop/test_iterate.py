@@ -160,7 +160,7 @@ def test_what_was_measured_is_what_the_stages_hold(finished: Bench) -> None:
     """Length and divergence of the second round, worked out again from its answers and the folders of the models."""
     told = json.loads((finished.output / "rounds.json").read_text())
     assert (told["method"], told["oracle"], [one["round"] for one in told["rounds"]]) == (
-        "inpo", "preference_function", [0, 1, 2],
+        "inpo", "oracle.py:preferred", [0, 1, 2],
     )  # fmt: skip
     assert told["final_model"] == "out/round-2/train"
     rows = finished.rows(2, "evaluate", "samples.jsonl")

@@ -178,7 +178,7 @@ def test_rewards_that_all_fail_are_refused(tmp_path: Path) -> None:
 
 def test_rewards_that_failed_are_asked_for_again(tmp_path: Path) -> None:
     """A reward that was away when it was asked and is back for the same command; what it did say is not asked again."""
-    run, away, asked = run_of(oracle="reward", reward_funcs=["mine.py:f"]), [True], []
+    run, away, asked = run_of(oracle="reward", reward_funcs=["mine.py:f"], max_failed=0.1), [True], []
 
     def reward(prompts, completions, **columns):
         asked.extend(completions)
