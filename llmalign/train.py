@@ -100,24 +100,30 @@ def run(
         trainer.evaluate()
     trainer.save_model(config.output_dir)
     trainer.save_state()
-    history = trainer.state.log_history
     result = {
+        "seconds": round(time.perf_counter() - started, 1),
+        "train": trained.metrics,
+        **_result(recipe, config, trainer, data),
+    }
+    if trainer.is_world_process_zero():
+        _draw(trainer.state.log_history, data.evaluation, Path(config.output_dir) / CURVES_FILE, recipe.method.name)
+        _write_json(Path(config.output_dir) / METRICS_FILE, result)  # last: where it is, the run is finished
+    return result
+
+
+def _result(recipe: Recipe, config: Any, trainer: Any, data: Data) -> dict[str, Any]:
+    history = trainer.state.log_history
+    return {
         "method": recipe.method.name,
         "model": recipe.model["model_name_or_path"],
         "output_dir": str(config.output_dir),
         "processes": config.world_size,
         "steps": trainer.state.global_step,
-        "seconds": round(time.perf_counter() - started, 1),
-        "train": trained.metrics,
         "before": _measurements(history, step=0),
         "after": _measurements(history, step=trainer.state.global_step),
         "references": _references(trainer),
         "data": {name: report.as_dict() for name, report in data.reports.items()},
     }
-    if trainer.is_world_process_zero():
-        _write_json(Path(config.output_dir) / METRICS_FILE, result)
-        _draw(history, data.evaluation, Path(config.output_dir) / CURVES_FILE, title=recipe.method.name)
-    return result
 
 
 def _train(trainer: Any, checkpoint: str | None) -> Any:

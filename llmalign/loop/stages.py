@@ -109,8 +109,8 @@ def run_stage(
     kept = finished(folder, inputs)
     if kept is None and precious and (folder / MANIFEST).is_file():
         raise UserError(
-            f"{folder} holds a trained model that is not what its {MANIFEST} says any more (see the warning above): "
-            "put it back, or delete the folder to have it trained again"
+            f"{folder} holds a trained model that is not what its {MANIFEST} says any more, or was made of other rows "
+            "(see the warning above): put back what has changed, or delete the folder to have it trained again"
         )
     barrier()
     if kept is not None:

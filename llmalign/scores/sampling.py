@@ -150,4 +150,4 @@ def _read_prompts(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> DynamicC
         return None
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    return cache if output.past_key_values is cache else None
+    return cache if output.get("past_key_values") is cache else None

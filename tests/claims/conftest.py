@@ -1,6 +1,8 @@
 """The claims live in scripts/, which is no package of the project: its folder is put on the path here."""
 
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,15 @@ from llmalign.errors import UserError
 from llmalign.rewards.sandbox.choice import find_backend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A claim's command is quiet; tests that come after it in the same process read the log."""
+    logger = logging.getLogger("llmalign")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture

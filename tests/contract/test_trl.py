@@ -78,5 +78,6 @@ def test_only_the_seam_names_private_trl():
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trl":
-                assert node.module == "trl", f"{path.name} imports from {node.module}"
+                # TRL documents its vLLM client under its own module alone.
+                assert node.module in ("trl", "trl.generation.vllm_client"), f"{path.name} imports from {node.module}"
                 assert not any(alias.name.startswith("_") for alias in node.names)

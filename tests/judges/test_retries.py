@@ -203,9 +203,13 @@ def test_an_interrupt_keeps_answers_in_flight(
 
     halted = threading.Event()
     judge.answer = answer
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(judges_client, "_Call", partial(judges_client._Call, halted=halted))
-        client(concurrency=2).ask(ask_for(*TEXTS))
+    before_it = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of tests ignore it
+    try:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(judges_client, "_Call", partial(judges_client._Call, halted=halted))
+            client(concurrency=2).ask(ask_for(*TEXTS))
+    finally:
+        signal.signal(signal.SIGINT, before_it)
     before = len(judge.bodies)
     assert before < len(TEXTS)
     resumed = client()

@@ -25,7 +25,8 @@ def test_loss_and_gradient_are_the_grouped_loss_of_each_completion_alone(tmp_pat
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
 
-    alone = copy.deepcopy(trainer.model)
+    # In float64, since float32 rounds this gradient by as much as it differs from the trainer's.
+    alone, start = copy.deepcopy(trainer.model).double(), start.double()
     alone.zero_grad()
     groups = groups_of(batch)
 
@@ -45,7 +46,8 @@ def test_loss_and_gradient_are_the_grouped_loss_of_each_completion_alone(tmp_pat
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for one, other in zip(trainer.model.parameters(), alone.parameters(), strict=True):
-        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+        scale = float(other.grad.abs().max())
+        assert torch.allclose(one.grad.double(), other.grad, rtol=0, atol=1e-5 * scale)
 
 
 def test_means_of_the_policy_leave_out_what_is_replayed_and_what_has_no_score(tmp_path):
