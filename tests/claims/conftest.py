@@ -13,13 +13,14 @@ from llmalign.rewards.sandbox.choice import find_backend
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 
+LEVEL = logging.getLogger("llmalign").level
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """A claim's command is quiet; tests that come after it in the same process read the log."""
-    logger = logging.getLogger("llmalign")
-    before = logger.level
     yield
-    logger.setLevel(before)
+    logging.getLogger("llmalign").setLevel(LEVEL)
 
 
 @pytest.fixture
