@@ -15,7 +15,7 @@ from llmalign.judges import JudgeClient, PairwiseJudge
 from llmalign.judges.template import DEFAULT_TEMPLATE
 from llmalign.loop.run import Run, identity
 from llmalign.rewards.classifiers import require_folder
-from llmalign.rewards.functions import guard, load_function
+from llmalign.rewards.functions import Guarded, guard, load_function
 from llmalign.rewards.model import load_reward_model
 from llmalign.rewards.pair_model import load_preference_model
 from llmalign.rewards.preference import FunctionOracle, JudgeOracle, ModelOracle, Oracle, RewardOracle
@@ -47,13 +47,12 @@ def load_oracle(run: Run) -> Oracle | RewardOracle:
     """The recipe's oracle, its models loaded. Raises UserError where something that it names is not there."""
     loop, options = run.loop, {"trust_remote_code": run.config.trust_remote_code, "device": run.config.device}
     if loop.oracle == "preference_function":
-        name = str(loop.preference_function)
-        return FunctionOracle(_function(run, name), name, both_orders=loop.both_orders)
+        return _function_oracle(run)
     if loop.oracle == "preference_model":
         return ModelOracle(load_preference_model(str(loop.preference_model), **options))
     if loop.oracle == "reward":
-        functions: list[Any] = [guard(_function(run, name), name) for name in loop.reward_funcs or ()]
-        return RewardOracle(functions + [load_reward_model(path, **options) for path in loop.reward_models or ()])
+        models = [load_reward_model(path, **options) for path in loop.reward_models or ()]
+        return RewardOracle([*_reward_functions(run), *models])
     return JudgeOracle(_judge(run, run.folder))
 
 
@@ -72,10 +71,10 @@ def try_oracle(run: Run) -> None:
 
     A preference function that likes a place, whatever stands there, is said.
     """
-    oracle = load_oracle(run) if run.loop.preference_function or run.loop.reward_funcs else None
     row = run.prompts[0]
     columns = {name: [row[name]] for name in run.loop.oracle_columns or ()}
-    if isinstance(oracle, FunctionOracle):
+    if run.loop.oracle == "preference_function":
+        oracle = _function_oracle(run)
         orders = [oracle.preferences([row["prompt"]], [one], [two], **columns)[0] for one, two in (TRIED, TRIED[::-1])]
         if abs(sum(orders) - 1) > 1e-6:
             logger.warning(
@@ -83,9 +82,9 @@ def try_oracle(run: Run) -> None:
                 "matters to it; set both_orders: true.",
                 oracle.name, *orders,
             )  # fmt: skip
-    elif isinstance(oracle, RewardOracle):
-        ids = [run.tokenizer(TRIED[0])["input_ids"]]
-        if math.isnan(oracle.rewards([row["prompt"]], [TRIED[0]], completion_ids=ids, **columns)[0]):
+    elif run.loop.reward_funcs:
+        functions, ids = RewardOracle(_reward_functions(run)), [run.tokenizer(TRIED[0])["input_ids"]]
+        if math.isnan(functions.rewards([row["prompt"]], [TRIED[0]], completion_ids=ids, **columns)[0]):
             logger.warning("The reward of %r is none; see the warning above, if there is one.", TRIED[0])
 
 
@@ -123,6 +122,15 @@ def _judge(run: Run, folder: Path) -> PairwiseJudge:
         top_logprobs=loop.judge_top_logprobs,
         progress=not run.config.disable_tqdm,
     )
+
+
+def _function_oracle(run: Run) -> FunctionOracle:
+    name = str(run.loop.preference_function)
+    return FunctionOracle(_function(run, name), name, both_orders=run.loop.both_orders)
+
+
+def _reward_functions(run: Run) -> list[Guarded]:
+    return [guard(_function(run, name), name) for name in run.loop.reward_funcs or ()]
 
 
 def _function(run: Run, name: str) -> Callable[..., Any]:

@@ -6,14 +6,14 @@ import logging
 import os
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from transformers import AutoConfig
+from transformers import PretrainedConfig
 
 from llmalign.data.formats import load
 from llmalign.errors import UserError
@@ -210,7 +210,8 @@ class Run:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the results, flat."""
-        return {**what_decides_the_result(self.recipe, self.config, self.options), **asdict(self.loop)}
+        resolved = what_decides_the_result(self.recipe, self.config, self.options)
+        return {**resolved, **asdict(self.loop), "sampled_by_vllm": self.loop.vllm_server is not None}
 
     def round_recipe(self, number: int, folder: Path) -> Recipe:
         """The recipe of one round's training, which starts from the model of the round before."""
@@ -227,7 +228,7 @@ def identity(path: str) -> str:
     folder = Path(path)
     if not folder.is_dir():
         try:
-            return f"{path}@{AutoConfig.from_pretrained(path)._commit_hash}"
+            return f"{path}@{PretrainedConfig.get_config_dict(path)[0].get('_commit_hash')}"
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             raise UserError(f"no model could be found at {path!r} ({reason}); check the path or name") from error
@@ -284,5 +285,3 @@ def _refuse(recipe: Recipe, config: Any, loop: LoopConfig) -> None:
     launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
     if config.deepspeed or config.fsdp or launched:
         raise UserError("iterate samples from whole models: it runs under DDP, not under DeepSpeed or FSDP")
-    known = {entry.name for entry in fields(recipe.method.config)} & {entry.name for entry in fields(LoopConfig)}
-    assert not known, f"keys of two owners: {known}"

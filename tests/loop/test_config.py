@@ -8,6 +8,8 @@ import pytest
 
 from llmalign.errors import UserError
 from llmalign.loop.config import HARMLESS, LoopConfig
+from llmalign.trainers import METHODS
+from llmalign.trainers.loading import ModelConfig
 from tests.loop.running import Bench
 
 FUNCTION = {"oracle": "preference_function", "preference_function": "mine.py:f"}
@@ -149,3 +151,9 @@ def test_what_no_round_can_be_made_of_is_refused_before_anything_is_written(
 def test_a_value_from_the_command_line_is_blamed_on_it(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.iterate("--temperature", "0") == 2
     assert "llmalign: the command line: temperature must be a positive number, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["inpo", "pair", "rpo", "rdpo", "copg"])
+def test_no_key_has_two_owners(method: str) -> None:
+    keys = {entry.name for entry in fields(LoopConfig)}
+    assert not keys & {entry.name for owner in (METHODS[method].config, ModelConfig) for entry in fields(owner)}
