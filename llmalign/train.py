@@ -79,9 +79,10 @@ def run(
     tokenizer = load_tokenizer(path, revision=options.model_revision, trust_remote_code=config.trust_remote_code)
     if recipe.config.get("eos_token"):
         tokenizer.eos_token = config.eos_token
-    own = Data(train=rows, evaluation=None, reports={})
-    ends = end_ids(tokenizer, path, options.model_revision)
-    data = prepare(recipe, tokenizer, config, ends) if rows is None else own
+    if rows is None:
+        data = prepare(recipe, tokenizer, config, end_ids(tokenizer, path, options.model_revision))
+    else:
+        data = Data(train=rows, evaluation=None, reports={})
     fingerprint[TRAIN_ROWS] = data.train_digest()
     guard_output_dir(config.output_dir, resume, fingerprint, harmless)
     finished = Path(config.output_dir) / METRICS_FILE

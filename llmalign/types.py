@@ -5,7 +5,7 @@ excluded, in nats. One instance of scores holds one floating dtype, float32 or f
 themselves: each loss checks shapes and dtypes of what it is given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,6 +45,20 @@ class PromptGroups:
             for prompt, group in zip(self.prompts, self.completions, strict=True)
             for completion in group
         ]
+
+    def batches(self, tokens: int) -> Iterator[list[int]]:
+        """All prompts in batches of about so many tokens, or of one prompt, those with most tokens first."""
+        sizes = self.unique_tokens()
+        batch: list[int] = []
+        room = tokens
+        for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
+            if batch and sizes[row] > room:
+                yield batch
+                batch, room = [], tokens
+            batch.append(row)
+            room -= sizes[row]
+        if batch:
+            yield batch
 
     def take(self, rows: Sequence[int]) -> "PromptGroups":
         """Some of the prompts with all of their completions, in the order of `rows`."""

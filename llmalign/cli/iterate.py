@@ -40,8 +40,8 @@ def _iterate(options: argparse.Namespace, rest: list[str]) -> int:
 
         console().print(plan_table(plan(recipe)))
         return 0
-    from llmalign.loop.iterate import iterate
     from llmalign.loop.report import rounds_table
+    from llmalign.loop.rounds import iterate
 
     result = iterate(recipe)
     if is_main_process():

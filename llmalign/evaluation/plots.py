@@ -84,9 +84,14 @@ def _draw(axis: Axes, panel: Panel, histories: Mapping[str, History], colours: M
         axis.text(0.5, 0.5, f"{panel.metric} was not logged", transform=axis.transAxes, ha="center", color=FAINT)
     if panel.level is not None:
         axis.axhline(panel.level, color=FAINT, lw=0.8, ls=":", zorder=0)
-    axis.set_title(panel.title, loc="left", fontsize=11, color=INK)
-    axis.set_ylabel(panel.unit, fontsize=9, color=INK)
-    axis.set_xlabel("optimizer step", fontsize=9, color=INK)
+    label_axis(axis, panel.title, panel.unit, "optimizer step")
+
+
+def label_axis(axis: Axes, title: str, unit: str, steps: str) -> None:
+    """Title, unit and the name of the steps, in the project's look."""
+    axis.set_title(title, loc="left", fontsize=11, color=INK)
+    axis.set_ylabel(unit, fontsize=9, color=INK)
+    axis.set_xlabel(steps, fontsize=9, color=INK)
     axis.tick_params(labelsize=9, colors=INK)
     axis.grid(alpha=0.25, lw=0.6)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,6 @@
-"""Rounds of sampling, judging and training from one recipe; see `llmalign.loop.iterate`."""
+"""Rounds of sampling, judging and training from one recipe; see `llmalign.loop.rounds`."""
 
 from llmalign.loop.config import LoopConfig
-from llmalign.loop.iterate import iterate
+from llmalign.loop.rounds import iterate
 
 __all__ = ["LoopConfig", "iterate"]

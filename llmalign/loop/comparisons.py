@@ -24,24 +24,6 @@ class Pair:
     columns: dict[str, Any]
 
 
-@dataclass
-class Count:
-    """How many comparisons were asked of the oracle, found, not needed (equal answers), and failed."""
-
-    asked: int = 0
-    found: int = 0
-    identical: int = 0
-    failed: int = 0
-
-    def __sub__(self, other: "Count") -> "Count":
-        """What came after `other`."""
-        return Count(*(getattr(self, name) - getattr(other, name) for name in vars(self)))
-
-    def copy(self) -> "Count":
-        """As it is now."""
-        return Count(**vars(self))
-
-
 class Comparisons:
     """P(first beats second) of pairs, from the file where it is known, in this order or the other, else of the oracle.
 
@@ -51,7 +33,8 @@ class Comparisons:
     """
 
     def __init__(self, path: Path, oracle: Oracle, identity: str) -> None:
-        self.count = Count()
+        #: comparisons that the oracle was asked for, and that were known
+        self.asked = self.found = 0
         self.oracle, self._identity = oracle, identity
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -87,13 +70,11 @@ class Comparisons:
         results = []
         for pair, key, other in zip(pairs, keys, turned, strict=True):
             if pair.first == pair.second:
-                self.count.identical += 1
                 results.append(0.5)
                 continue
             results.append(known[key] if key in known else 1 - known[other])
-            self.count.found += key not in fresh and other not in fresh
-        self.count.asked += len(fresh)
-        self.count.failed += sum(map(math.isnan, fresh.values()))
+            self.found += key not in fresh and other not in fresh
+        self.asked += len(fresh)
         return results
 
     def _judged(self, pairs: list[Pair]) -> list[float]:

@@ -25,7 +25,6 @@ JUDGE_PROMPTS = 256  # prompts whose comparisons are asked for together
 
 def judge(run: Run, folder: Path, samples: Iterable[Row], comparisons: Comparisons, seed: int) -> Made:
     """Write `judged.jsonl`: of each prompt the comparisons (first, second, P) that its plan asked for."""
-    before = comparisons.count.copy()
     rows: list[Row] = []
     identical = 0
     for batch in _batches(run, samples, "Judging"):
@@ -34,12 +33,11 @@ def judge(run: Run, folder: Path, samples: Iterable[Row], comparisons: Compariso
         rows += [{"place": record.row["place"], "comparisons": record.comparisons} for record in records]
         identical += sum(record.identical() for record in records)
     write_rows(folder / JUDGED, rows)
-    spent = comparisons.count - before
     total = sum(len(row["comparisons"]) for row in rows)
     unknown = sum(p is None for row in rows for *_, p in row["comparisons"])
     refuse_failures("comparisons", unknown, total, run.loop.max_failed)
     counts = {"prompts": len(rows), "comparisons": total, "identical": identical, "failed": unknown}
-    return Made([JUDGED], counts, cost={"asked": spent.asked, "found": spent.found})
+    return Made([JUDGED], counts, cost={"asked": comparisons.asked, "found": comparisons.found})
 
 
 def score(run: Run, folder: Path, samples: Iterable[Row], oracle: RewardOracle) -> Made:

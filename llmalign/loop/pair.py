@@ -1,6 +1,6 @@
 """The stage `pair`: from judged completions to the rows that a round trains on."""
 
-import logging
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,10 +10,7 @@ from llmalign.errors import UserError
 from llmalign.loop.judge import outcome, plan_of, run_plans
 from llmalign.loop.run import Run
 from llmalign.loop.stages import Made, Row, write_rows
-from llmalign.rewards.preference import by_reward
 from llmalign.rewards.tournament import SAME, TIE, Chosen, Comparison
-
-logger = logging.getLogger(__name__)
 
 PAIRS = "pairs.jsonl"
 TRUNCATED = "truncated"
@@ -45,31 +42,35 @@ def pair(run: Run, folder: Path, samples: Iterable[Row], judged: Iterable[Row], 
 
 
 def _pairs(run: Run, sample: Row, verdict: Row, seed: int, dropped: Counter[str]) -> list[Row]:
-    if "rewards" in verdict and run.loop.select != "independent":
-        selection = select_pairs(
-            verdict["rewards"],
-            sample["completions"],
-            strategy=run.loop.select,
-            margin=run.loop.margin,
-            rng=row_rng(seed, sample["place"]),
-        )
-        dropped.update(selection.dropped)
-        return _rows(run, sample, list(selection.pairs), dropped)
+    if "rewards" in verdict:
+        return _rows(run, sample, _by_reward(run, sample, verdict["rewards"], seed, dropped), dropped)
     chosen = _replayed(run, sample, verdict, seed)
     dropped.update(_told_apart(run, sample, verdict, chosen.dropped))
-    if "rewards" in verdict:
-        gaps = {pair: abs(verdict["rewards"][pair[0]] - verdict["rewards"][pair[1]]) for pair in chosen.pairs}
-        close = [pair for pair, gap in gaps.items() if gap < run.loop.margin]
-        dropped["below_margin"] += len(close)
-        chosen = Chosen([pair for pair in chosen.pairs if pair not in close])
     different = [pair for pair in chosen.pairs if sample["completions"][pair[0]] != sample["completions"][pair[1]]]
     dropped[SAME] += len(chosen.pairs) - len(different)
     return _rows(run, sample, different, dropped)
 
 
+def _by_reward(
+    run: Run, sample: Row, rewards: list[float | None], seed: int, dropped: Counter[str]
+) -> list[Comparison]:
+    texts, select = sample["completions"], run.loop.select
+    # Independent pairs are all pairs of every two neighbours.
+    size, strategy = (2, "all_pairs") if select == "independent" else (len(texts), select)
+    pairs: list[Comparison] = []
+    for first in range(0, len(texts) - len(texts) % size, size):
+        own = slice(first, first + size)
+        selection = select_pairs(
+            rewards[own], texts[own], strategy=strategy, margin=run.loop.margin, rng=row_rng(seed, sample["place"])
+        )
+        dropped.update(selection.dropped)
+        pairs += [(first + chosen, first + rejected) for chosen, rejected in selection.pairs]
+    return pairs
+
+
 def _told_apart(run: Run, sample: Row, verdict: Row, reasons: dict[str, int]) -> dict[str, int]:
     """Why pairs were dropped, with ties of equal answers counted as such; a tournament ties in its last comparison."""
-    made = verdict.get("comparisons", [])
+    made = verdict["comparisons"]
     decisive = made[-1:] if run.loop.select in ("best_worst", "best_random") else made
     texts = sample["completions"]
     same = min(reasons.get(TIE, 0), sum(texts[one] == texts[other] for one, other, _ in decisive))
@@ -77,15 +78,8 @@ def _told_apart(run: Run, sample: Row, verdict: Row, reasons: dict[str, int]) ->
 
 
 def _replayed(run: Run, sample: Row, verdict: Row, seed: int) -> Chosen:
-    """What the plan comes to on the recorded comparisons, or on the order of the rewards."""
-    nan = float("nan")
-    if "rewards" in verdict:
-        rewards = [nan if reward is None else reward for reward in verdict["rewards"]]
-        return run_plans(
-            [plan_of(run, sample, seed)],
-            lambda asked: [by_reward(rewards[one], rewards[other]) for _, (one, other) in asked],
-        )[0]
-    known = {(one, other): nan if p is None else p for one, other, p in verdict["comparisons"]}
+    """What the plan comes to on the recorded comparisons."""
+    known = {(one, other): math.nan if p is None else p for one, other, p in verdict["comparisons"]}
     return run_plans(
         [plan_of(run, sample, seed)],
         lambda asked: [outcome(run, seed, sample["place"], *pair, known[pair]) for _, pair in asked],

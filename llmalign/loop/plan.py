@@ -8,13 +8,12 @@ from typing import TypeVar
 from rich.table import Table
 
 from llmalign.loop.evaluate import MOST_CANDIDATES
-from llmalign.loop.iterate import make_run
 from llmalign.loop.oracles import load_oracle, template
-from llmalign.loop.run import Run
+from llmalign.loop.rounds import make_run
+from llmalign.loop.run import Run, let_go
 from llmalign.loop.sample import Sampler
 from llmalign.loop.score import FrozenScorer
 from llmalign.loop.stages import MANIFEST, Row
-from llmalign.loop.train import let_go
 from llmalign.recipe import Recipe
 from llmalign.rewards.preference import RewardOracle
 from llmalign.rewards.tournament import comparisons_of

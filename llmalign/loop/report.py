@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from llmalign.evaluation.plots import COLOURS, FAINT, INK
+from llmalign.evaluation.plots import COLOURS, FAINT, label_axis
 
 SHARES = {"against_start": "wins over the start", "against_previous": "wins over the round before"}
 OTHERS = {
     "reward": ("reward", "reward", "{:.3g}"),
     "length": ("length", "tokens", "{:.1f}"),
     "kl": ("KL to the reference", "nats a completion", "{:.2f}"),
-    "duality_gap": ("duality gap", "of the preference game", "{:.3f}"),
+    "duality_gap": ("duality gap", "2 max P - 1; 0 at equilibrium", "{:.3f}"),
 }
 
 
@@ -87,10 +87,5 @@ def _draw(axis: Axes, rounds: list[dict[str, Any]], name: str, colour: str, labe
 
 
 def _label(axis: Axes, title: str, unit: str) -> None:
-    axis.set_title(title, loc="left", fontsize=11, color=INK)
-    axis.set_ylabel(unit, fontsize=9, color=INK)
-    axis.set_xlabel("round", fontsize=9, color=INK)
+    label_axis(axis, title, unit, "round")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.tick_params(labelsize=9, colors=INK)
-    axis.grid(alpha=0.25, lw=0.6)
-    axis.spines[["top", "right"]].set_visible(False)

@@ -1,5 +1,6 @@
 """What all stages of a run share: its recipe, its folder, its prompts, and how its models are found."""
 
+import gc
 import hashlib
 import json
 import logging
@@ -11,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import PretrainedConfig
@@ -244,6 +246,13 @@ def identity(path: str) -> str:
 def model_files(folder: Path) -> list[str]:
     """The files of a folder that make up a model and its tokenizer."""
     return sorted({path.name for pattern in WEIGHT_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def let_go() -> None:
+    """Free the memory of models that nothing holds any more, before others are loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _refuse(recipe: Recipe, config: Any, loop: LoopConfig) -> None:

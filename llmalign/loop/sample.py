@@ -1,6 +1,5 @@
 """The stage `sample`: completions of a round's prompts under its model, shard by shard."""
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +8,15 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from llmalign.loop.run import Run
+from llmalign.loop.run import Run, let_go
 from llmalign.loop.stages import Made, Row, read_rows, wait_for, write_rows
 from llmalign.scores.sampling import end_token_ids, sample_groups
 from llmalign.trainers._trl import load_frozen
 from llmalign.trainers.loading import model_arguments
 from llmalign.trainers.vllm import VLLMSampler
 
-logger = logging.getLogger(__name__)
-
 SAMPLES = "samples.jsonl"
 SHARDS = "shards"
-
-Draw = Callable[[list[list[int]], int], list[list[list[int]]]]
 
 
 def sample(run: Run, folder: Path, model: str, prompts: list[Row], samples: int, seed: int) -> Made:
@@ -141,6 +136,8 @@ def write_shards(
                 write_rows(paths[number], work(tool, shards[number], number))
                 bar.update(len(shards[number]))
         tool.close()
+        del tool
+        let_go()
     if not run.main:
         return Made([])
     for path in paths:

@@ -1,6 +1,5 @@
 """Log-probs of completions under a frozen model, in the layout and the precision in which training scores them."""
 
-import gc
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from llmalign.loop.run import Run
+from llmalign.loop.run import ADAPTER_CONFIG, Run
 from llmalign.prepare import Data
 from llmalign.train import build
 from llmalign.trainers import METHODS
@@ -43,7 +42,7 @@ class FrozenScorer:
         options = replace(run.options, model_name_or_path=model)
         self._trainer: Any = build(recipe, recipe.training_config(), options, run.tokenizer, Data(ONE_ROW, None, {}))
         # A whole model under a LoRA recipe carries a new adapter, which is off.
-        self._adapter = "default" if (Path(model) / "adapter_config.json").is_file() else None
+        self._adapter = "default" if (Path(model) / ADAPTER_CONFIG).is_file() else None
         self.logps(first)
 
     def logps(self, groups: PromptGroups) -> list[float]:
@@ -52,15 +51,8 @@ class FrozenScorer:
 
     def rows(self, groups: PromptGroups) -> list[list[float]]:
         """Log-probs of each prompt's completions, in batches of about so many tokens, longest prompts first."""
-        sizes = groups.unique_tokens()
-        results: list[list[float]] = [[] for _ in sizes]
-        order = sorted(range(len(sizes)), key=lambda row: -sizes[row])
-        while order:
-            count, room = 0, TOKENS_PER_BATCH
-            while count < len(order) and (count == 0 or sizes[order[count]] <= room):
-                room -= sizes[order[count]]
-                count += 1
-            batch, order = order[:count], order[count:]
+        results: list[list[float]] = [[] for _ in groups.prompts]
+        for batch in groups.batches(TOKENS_PER_BATCH):
             values = iter(self.logps(groups.take(batch)))
             for row in batch:
                 results[row] = [next(values) for _ in groups.completions[row]]
@@ -70,4 +62,3 @@ class FrozenScorer:
         """Let the model go, before another is loaded."""
         del self._trainer
         self._scratch.cleanup()
-        gc.collect()

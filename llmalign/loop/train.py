@@ -1,20 +1,17 @@
 """The stage `train`: one round of the method's training, from the model of the round before."""
 
-import gc
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llmalign.loop.run import ADAPTER_CONFIG, Run, model_files
 from llmalign.loop.stages import Made, Row, write_json
 from llmalign.train import run as run_recipe
 from llmalign.trainers.checkpoint import ASIDE, RUN_FILE
-
-CHECKPOINTS = "checkpoint-*"
 
 
 def train(run: Run, number: int, folder: Path, rows: list[Row]) -> Made:
@@ -27,7 +24,6 @@ def train(run: Run, number: int, folder: Path, rows: list[Row]) -> Made:
         rows=data,
         starts_equal=run.starts_equal(number),
     )
-    let_go()
     if not run.main:
         return Made([])
     _put_in_order(folder / ADAPTER_CONFIG)
@@ -48,12 +44,5 @@ def _put_in_order(config: Path) -> None:
 
 def remove_checkpoints(folder: Path) -> None:
     """Drop the checkpoints of a finished round, whose model stays."""
-    for path in [*folder.glob(CHECKPOINTS), folder / ASIDE]:
+    for path in [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), folder / ASIDE]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def let_go() -> None:
-    """Free the memory of models that nothing holds any more, before others are loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

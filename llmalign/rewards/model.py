@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,9 @@ class RewardScorer:
 
         A batch holds whole prompts, at least one, the longest first, so that an out-of-memory shows at once.
         """
-        sizes = groups.unique_tokens()
         starts = [0, *itertools.accumulate(groups.counts())]
-        order = sorted(range(len(groups)), key=lambda row: -sizes[row])
         results = torch.zeros(sum(groups.counts()))
-        batches = list(_batches(order, sizes, tokens_per_batch))
-        for rows in tqdm(batches, desc="Scoring", unit="batch", disable=not progress):
+        for rows in tqdm(list(groups.batches(tokens_per_batch)), desc="Scoring", unit="batch", disable=not progress):
             places = [starts[row] + place for row in rows for place in range(len(groups.completions[row]))]
             results[places] = self.rewards(groups.take(rows))
         return results
@@ -279,17 +276,3 @@ def group_by_prompt(keys: Sequence[str], sequences: Sequence[list[int]]) -> tupl
             completions.append([sequences[row][cut:] for row in own])
             order += own
     return PromptGroups(prompts, completions), order
-
-
-def _batches(order: list[int], sizes: list[int], budget: int) -> Iterator[list[int]]:
-    """Rows in their order, cut where a batch would exceed the budget of tokens."""
-    batch: list[int] = []
-    total = 0
-    for row in order:
-        if batch and total + sizes[row] > budget:
-            yield batch
-            batch, total = [], 0
-        batch.append(row)
-        total += sizes[row]
-    if batch:
-        yield batch

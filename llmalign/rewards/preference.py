@@ -6,7 +6,6 @@ the higher reward beats the other (`by_reward`).
 """
 
 import asyncio
-import logging
 import math
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,8 +16,6 @@ from llmalign.judges import PairwiseJudge
 from llmalign.rewards.functions import AsyncGuarded, Guarded
 from llmalign.rewards.model import Content, ModelReward
 from llmalign.rewards.pair_model import PreferenceModel
-
-logger = logging.getLogger(__name__)
 
 PreferenceFunction = Callable[..., Sequence[float]]
 
@@ -88,33 +85,26 @@ class ModelOracle(Oracle):
 
     exact = False
 
-    def __init__(self, model: PreferenceModel) -> None:
-        self.model = model
+    def __init__(self, model: PreferenceModel | PairwiseJudge) -> None:
+        self._model = model
 
     def preferences(
         self, prompts: Sequence[Content], first: Sequence[Content], second: Sequence[Content], **columns: Any
     ) -> list[float]:
         """P(first beats second) of each of N pairs; `columns` are not read."""
-        return self.model.score(prompts, first, second)
+        return self._model.score(prompts, first, second)
 
 
-class JudgeOracle(Oracle):
+class JudgeOracle(ModelOracle):
     """A judge over HTTP. What it could not judge is NaN and is not kept, so it is asked for again when it is needed."""
 
-    exact = False
-
     def __init__(self, judge: PairwiseJudge) -> None:
-        self.judge = judge
-
-    def preferences(
-        self, prompts: Sequence[Content], first: Sequence[Content], second: Sequence[Content], **columns: Any
-    ) -> list[float]:
-        """P(first beats second) of each of N pairs; `columns` are not read."""
-        return self.judge.score(prompts, first, second)
+        super().__init__(judge)
+        self._client = judge.client
 
     def close(self) -> None:
         """Close the connections and the file of its answers."""
-        self.judge.client.close()
+        self._client.close()
 
 
 class RewardOracle:

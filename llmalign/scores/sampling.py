@@ -1,6 +1,7 @@
 """Completions sampled from a model, reproducibly, each prompt read once for all of its completions."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,31 +18,10 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def sample_completions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 32,
-    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[Sequence[int]], **options: Any
 ) -> list[list[int]]:
-    """Sample one completion per prompt and return its token ids: `sample_groups` with one sample."""
-    groups = sample_groups(
-        model,
-        tokenizer,
-        prompt_ids,
-        samples=1,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return [group[0] for group in groups]
+    """Sample one completion per prompt and return its token ids; `options` are those of `sample_groups`."""
+    return [group[0] for group in sample_groups(model, tokenizer, prompt_ids, samples=1, **options)]
 
 
 @torch.no_grad()
@@ -67,7 +47,7 @@ def sample_groups(
     completions. `progress` wraps the iterable of batch starts. Not covered: beam search, models split over ranks
     (ZeRO-3, FSDP).
     """
-    config = generation_config(
+    config = _generation_config(
         tokenizer, end_token_ids(model, tokenizer), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
     )
     device = model.device
@@ -90,7 +70,7 @@ def sample_groups(
     return groups
 
 
-def generation_config(
+def _generation_config(
     tokenizer: PreTrainedTokenizerBase, ends: list[int], *, max_new_tokens: int, temperature: float, top_p: float
 ) -> GenerationConfig:
     """A config that leaves nothing which changes the distribution to the model's own; temperature 0 is greedy."""
@@ -128,13 +108,11 @@ def _generate(
 ) -> list[list[int]]:
     """The new tokens of `samples` completions of each row, row by row."""
     options = {}
-    if samples > 1 and ids.shape[1] > 1:
-        cache = _read_prompts(model, ids[:, :-1], mask[:, :-1])
+    if samples > 1:
+        cache = _read_prompts(model, ids[:, :-1], mask[:, :-1]) if ids.shape[1] > 1 else None
         if cache is not None:
             cache.batch_repeat_interleave(samples)
             options["past_key_values"] = cache
-        ids, mask = ids.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
-    elif samples > 1:
         ids, mask = ids.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
     output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
     return output[:, ids.shape[1] :].tolist()

@@ -108,14 +108,7 @@ def test_a_server_without_log_probs_is_found_out(
     server: LlamaServer, judge: ScriptedJudge, client: Clients, tmp_path: Path
 ) -> None:
     """Before the real one stands a proxy that loses them; as text its answers can be read."""
-
-    def without_logprobs(body: dict, times: int) -> Reply:
-        data = forwarded(server.url, body)
-        for choice in data["choices"]:
-            choice["logprobs"] = None
-        return Reply(data)
-
-    judge.answer = without_logprobs
+    judge.answer = lambda body, times: Reply(without_logprobs(forwarded(server.url, body)))
     rows = (["Lily asked."] * 5, ["Yes!", "Yes.", "Sure.", "I will.", "Good."], ["No."] * 5)
     with pytest.raises(UserError, match="returns no log-probs.*answers: text"):
         PairwiseJudge(client(), answers="logprobs").score(*rows)
@@ -178,6 +171,11 @@ def test_a_proxy_that_is_busy_and_breaks_loses_nothing(
     answers = asker.ask(ask_for(*(f"Tom has {number} cats." for number in range(60))))
     assert all(isinstance(answer, Answer) for answer in answers)
     assert asker.sent == 60 + 28 == len(judge.bodies)
+
+
+def without_logprobs(answer: dict) -> dict:
+    """The answer of a server that says nothing of log-probs."""
+    return {**answer, "choices": [{**choice, "logprobs": None} for choice in answer["choices"]]}
 
 
 def forwarded(url: str, body: dict) -> dict:

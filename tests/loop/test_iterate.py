@@ -1,10 +1,7 @@
-"""Rounds from one command: what each stage hands to the next, what is found again, what is refused."""
+"""Rounds from one command: what each stage hands to the next, for every method."""
 
 import contextlib
-import fcntl
 import json
-import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,61 +9,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from llmalign.cli import main
 from llmalign.loop import LoopConfig
-from llmalign.loop.iterate import make_run
-from llmalign.loop.stages import describe
+from llmalign.loop.rounds import make_run
 from llmalign.recipe import load_recipe
 from llmalign.scores.sampling import sample_groups
 from llmalign.scores.text import sequence_logps
-from tests.loop.running import BY_FUNCTION, BY_REWARD, Bench, everything, prompts, results
+from tests.loop.running import BY_FUNCTION, BY_REWARD, Bench, prompts
+from tests.loop.scoring import close, columns, loaded, scored
 
-#: all pairs of a round in one step, whose numbers are logged
-ONE_BATCH = {"learning_rate": 0.01, "per_device_train_batch_size": 4, "logging_steps": 1}
-JUDGE = {"oracle": "judge", "judge_url": "http://127.0.0.1:9/v1", "judge_model": "m"}
 STAGES = ("sample", "judge", "pair", "cache", "train", "evaluate")
 PAIR_COLUMNS = [f"{name}_{side}_logps" for name in ("ref", "last") for side in ("chosen", "rejected")]
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """A run of two rounds that is over; tests look at it and change nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("finished")
-        patch.setenv("ORACLE_LOG", str(folder / "asked.log"))
-        bench = Bench(folder, tiny_model_dir)
-        bench.write(**ONE_BATCH)
-        assert bench.iterate() == 0
-        return bench
-
-
-@pytest.fixture
-def again(finished: Bench, tmp_path: Path, plain: None) -> Bench:
-    """A copy of the finished run, to be spoilt and gone on from."""
-    bench = Bench(tmp_path / "again", finished.model)
-    shutil.copytree(finished.output, bench.output)
-    bench.write(**ONE_BATCH)
-    return bench
-
-
-def loaded(folder: Path | str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def scored(model: Any, rows: list[dict], names: tuple[str, ...] = ("chosen_ids", "rejected_ids")) -> torch.Tensor:
-    """Log-probs (rows, names), computed one by one."""
-    sequences = [(row["prompt_ids"], row[name]) for row in rows for name in names]
-    return sequence_logps(model, sequences, pad_token_id=0, batch_size=1).reshape(len(rows), -1)
-
-
-def columns(rows: list[dict], name: str) -> torch.Tensor:
-    return torch.tensor([[row[f"{name}_{side}_logps"] for side in ("chosen", "rejected")] for row in rows])
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_a_run_leaves_its_results_and_nothing_else(finished: Bench) -> None:
@@ -199,174 +153,6 @@ def test_no_comparison_is_asked_twice(finished: Bench) -> None:
     assert len(asked) == len(set(asked)) > 0 and all(len(texts) == 2 for _, texts in asked)
 
 
-def test_a_finished_run_is_found_and_no_byte_changes(
-    again: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    before = everything(again.output)
-    monkeypatch.setenv("ORACLE_LOG", str(again.folder / "asked.log"))
-    with caplog.at_level(logging.INFO, logger="llmalign"):
-        assert again.iterate() == 0
-    done = [record.getMessage() for record in caplog.records if record.getMessage().endswith("done already.")]
-    assert len(done) == 1 + 2 * len(STAGES) and not any("..." in record.getMessage() for record in caplog.records)
-    assert not (again.folder / "asked.log").exists()
-    assert everything(again.output) == before
-
-
-@pytest.mark.parametrize(
-    ("keys", "named"),
-    [
-        ({"eta": 0.2}, "eta 0.1 -> 0.2"),
-        ({"temperature": 0.9}, "temperature 1.0 -> 0.9"),
-        ({"samples_per_prompt": 6}, "samples_per_prompt 4 -> 6"),
-        ({"learning_rate": 0.02}, "learning_rate 0.01 -> 0.02"),
-        ({"select": "independent"}, "select 'best_worst' -> 'independent'"),
-        ({"seed": 7}, "seed 42 -> 7"),
-        ({"preference_function": "oracle.py:sometimes"}, "preference_function 'oracle.py:preferred' ->"),
-        ({"eval_prompts": 2}, "eval_prompts 3 -> 2"),
-    ],
-)  # fmt: skip
-def test_another_recipe_is_refused_with_key_and_values(
-    keys: dict[str, Any], named: str, again: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = everything(again.output)
-    again.write(**{**ONE_BATCH, **keys})
-    assert again.iterate() == 2
-    said = capsys.readouterr().err
-    assert "The run in out was started with another recipe (" in said and named in said
-    assert "Traceback" not in said and everything(again.output) == before
-
-
-@pytest.mark.parametrize("changed", ["oracle", "prompts", "model"])
-def test_what_the_recipe_names_may_not_change_either(
-    changed: str, again: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Another version of the function, other prompts in the file, other weights in the folder."""
-    before = everything(again.output)
-    if changed == "oracle":
-        path = again.folder / "oracle.py"
-        path.write_text(path.read_text().replace("0.9 if gap", "0.8 if gap"))
-    elif changed == "prompts":
-        again.write_prompts(prompts(13))
-    else:
-        path = again.model / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\x40")  # the last number, as 2.0
-    assert again.iterate() == 2
-    said = capsys.readouterr().err
-    assert ("was judged by another oracle" if changed == "oracle" else "was started with another recipe") in said
-    assert everything(again.output) == before
-
-
-def test_rounds_can_be_added_and_old_weights_pruned(finished: Bench, bench: Bench) -> None:
-    """One round, then a second one: the bytes of two rounds at once, but for the weights that the recipe gives up."""
-    bench.write(**ONE_BATCH, rounds=1, keep_rounds=1)
-    bench.run()
-    assert (bench.output / "round-1" / "train" / "model.safetensors").is_file(), "the last model was given up"
-    bench.write(**ONE_BATCH, rounds=2, keep_rounds=1)
-    bench.run()
-    whole, grown = results(finished.output), results(bench.output)
-    del whole["round-1/train/model.safetensors"]
-    assert grown == whole
-    assert bench.manifest(1, "train")["pruned"] == ["model.safetensors"]
-    assert bench.manifest(2, "train")["pruned"] == []
-    before = everything(bench.output)
-    bench.run()  # finished: what was given up is not missed
-    assert everything(bench.output) == before
-
-
-@pytest.mark.slow
-def test_a_pruned_run_goes_on_with_more_rounds(again: Bench) -> None:
-    """The third round starts from the second one's weights, its reference is the start: neither is ever given up."""
-    again.write_prompts(prompts(15))
-    again.output = again.folder / "fresh"
-    again.write(**ONE_BATCH, rounds=2, keep_rounds=1)
-    again.run()
-    again.write(**ONE_BATCH, rounds=3, keep_rounds=2)
-    again.run()
-    models = [path.parent.parent.name for path in sorted(again.output.glob("round-*/train/model.safetensors"))]
-    assert models == ["round-2", "round-3"]
-    rows = again.rows(3, "cache", "rows.jsonl")
-    close(columns(rows, "ref"), scored(loaded(again.model), rows))
-    close(columns(rows, "last"), scored(loaded(again.output / "round-2" / "train"), rows))
-
-
-def test_prompts_shared_out_among_all_rounds_hold_their_number(
-    bench: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With prompts_per_round left open, more rounds would give the finished ones other prompts."""
-    bench.write(prompts_per_round=None, preference_function="oracle.py:short")
-    assert bench.iterate() == 2  # begun, and stopped by its oracle
-    before = everything(bench.output)
-    bench.write(prompts_per_round=None, preference_function="oracle.py:short", rounds=3)
-    assert bench.iterate() == 2
-    assert "rounds 2 -> 3" in capsys.readouterr().err and everything(bench.output) == before
-
-
-@pytest.mark.parametrize(
-    ("place", "redone"),
-    [
-        ("round-1/judge/judged.jsonl", ["round-1/judge"]),
-        ("round-2/sample/samples.jsonl", ["round-2/sample"]),
-        ("round-0/evaluate/samples.jsonl", ["round-0/evaluate"]),
-    ],
-)
-def test_a_result_edited_by_hand_is_made_again_and_said(
-    place: str, redone: list[str], again: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
-    """What comes out is the same as before, so what was made of it still stands."""
-    before = results(again.output)
-    path = again.output / place
-    path.write_bytes(path.read_bytes()[:-2] + b"  ")
-    with caplog.at_level(logging.INFO, logger="llmalign"):
-        assert again.iterate() == 0
-    assert f"out/{place} has changed since it was written: the stage is done again." in caplog.text
-    said = [record.getMessage() for record in caplog.records]
-    assert [text.removesuffix(" ...") for text in said if text.endswith(" ...")] == redone
-    assert results(again.output) == before
-
-
-def test_a_model_is_never_thrown_away(again: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    """Half of the first round's pairs taken out, its manifest put right: what was trained is of other rows, and stays.
-
-    Neither is a model that was edited trained again, unless its folder is deleted.
-    """
-    folder, weights = again.output / "round-1" / "pair", again.output / "round-1" / "train" / "model.safetensors"
-    rows = (folder / "pairs.jsonl").read_bytes().splitlines(keepends=True)
-    whole, trained = b"".join(rows), weights.read_bytes()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for content in (b"".join(rows[:1]), whole):
-        (folder / "pairs.jsonl").write_bytes(content)
-        manifest["outputs"]["pairs.jsonl"] = describe(folder / "pairs.jsonl")
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        if content is not whole:
-            assert again.iterate() == 2
-            assert "out/round-1/train holds a trained model that is not what its manifest" in capsys.readouterr().err
-            assert weights.read_bytes() == trained
-    before = results(again.output)
-    assert again.iterate() == 0 and results(again.output).keys() >= before.keys()
-    weights.write_bytes(trained[:-2] + b"  ")
-    assert again.iterate() == 2
-    assert "or delete the folder to have it trained again" in capsys.readouterr().err
-    shutil.rmtree(weights.parent)
-    assert again.iterate() == 0 and weights.read_bytes() == trained
-
-
-def test_weights_that_were_pruned_and_are_needed_again_are_asked_for(
-    again: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The second round's samples are spoilt, and the model that they come from is gone: said, or made again."""
-    again.write(**ONE_BATCH, keep_rounds=1)
-    assert again.iterate() == 0 and not (again.output / "round-1" / "train" / "model.safetensors").exists()
-    before = results(again.output)
-    (again.output / "round-2" / "sample" / "samples.jsonl").write_text("spoilt\n")
-    status = again.iterate()
-    if status == 0:
-        assert results(again.output) == before
-    else:
-        said = capsys.readouterr().err
-        assert status == 2 and "Traceback" not in said and "round-1" in said
-        assert "pruned" in said or "keep_rounds" in said, said
-
-
 RUNS = {
     "dpo": {"method": "pair", "loss": "dpo", "beta": 0.1, **BY_FUNCTION},
     "copg": {"method": "copg", "beta": 0.5, **BY_REWARD},
@@ -482,114 +268,3 @@ def test_checkpoints_of_finished_rounds_stay_on_request(bench: Bench) -> None:
     bench.write(rounds=1, eval_prompts=0, prompts_per_round=4, save_steps=1)
     bench.run()
     assert not list((bench.output / "round-1" / "train").glob("checkpoint-*"))
-
-
-def test_two_processes_do_not_share_a_folder(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.output.mkdir()
-    with (bench.output / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert bench.iterate() == 2
-    assert "another process works in out; wait for it" in capsys.readouterr().err
-    assert [path.name for path in bench.output.iterdir()] == [".lock"]
-
-
-def test_another_run_s_folder_is_refused(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    (bench.output / "checkpoint-3").mkdir(parents=True)
-    assert bench.iterate() == 2
-    assert "holds another run (checkpoint-3)" in capsys.readouterr().err
-    assert not (bench.output / "loop.json").exists()
-
-
-def test_a_file_where_the_folder_should_be_is_refused(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.output.write_text("notes")
-    assert bench.iterate() == 2
-    said = capsys.readouterr().err
-    assert (
-        "out" in said
-        and said.count("llmalign: ") == 1
-        and "Traceback" not in said
-        and bench.output.read_text() == "notes"
-    )
-
-
-def test_a_recipe_of_one_kind_is_not_run_as_the_other(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(bench.recipe_file)
-    assert main(["train", path]) == 2
-    assert f"names an oracle, so it is a recipe of several rounds: llmalign iterate {path}" in capsys.readouterr().err
-    assert main(["iterate", "trainers/inpo/smoke.yaml"]) == 2
-    assert "the recipe names no oracle: set oracle to one of preference_function," in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("keys", "sentence"),
-    [
-        ({"preference_function": "oracle.py:absent"}, "has no 'absent'"),
-        ({"preference_function": "absent.py:preferred"}, "there is no file absent.py"),
-        ({"preference_function": "nowhere.module:preferred"}, "there is no module 'nowhere.module'"),
-        ({"preference_function": "math:dist"}, "math:dist"),
-        ({"preference_function": "oracle.py:raises"}, "oracle.py:raises"),
-        ({"preference_function": "oracle.py:short"}, "oracle.py:short gave 1 numbers for"),
-        ({"preference_function": "oracle.py:beyond"}, "gave 1.5 for pair 0 of its call; P must lie in [0, 1]"),
-        ({"oracle": "reward", "reward_funcs": ["oracle.py:raises"]}, "put the oracle right, and start"),
-        ({"oracle": "preference_model", "preference_model": "/absent/model"}, "/absent/model"),
-        ({"oracle": "reward", "reward_models": ["/absent/model"]}, "/absent/model"),
-        ({"model_name_or_path": "/absent/model"}, "/absent/model"),
-        ({"dataset_name": "/absent/prompts.jsonl"}, "/absent/prompts.jsonl"),
-        ({"oracle_columns": ["word"]}, "word"),
-        ({"max_length": 10}, "there are 0 prompts that fit"),
-        ({"method": "dpo", "eta": None}, "use method: pair with loss: dpo"),
-        ({**JUDGE, "judge_url": "localhost:8000"}, "http://"),
-        ({**JUDGE, "judge_template": "no.txt"}, "no.txt"),
-    ],
-)  # fmt: skip
-def test_bad_input_ends_with_one_sentence(
-    keys: dict[str, Any], sentence: str, bench: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bench.write(**{"eval_samples": 1, **keys})
-    assert bench.iterate() == 2
-    said = capsys.readouterr().err
-    assert sentence in said and said.count("llmalign: ") == 1 and "Traceback" not in said
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"preference_function": "oracle.py:absent"},
-        {"oracle": "preference_model", "preference_model": "/absent/model"},
-        {"oracle": "reward", "reward_models": ["/absent/model"]},
-        {**JUDGE, "judge_url": "localhost:8000"},
-        {"model_name_or_path": "/absent/model"},
-    ],
-)
-def test_what_is_not_there_is_found_before_anything_is_written(keys: dict[str, Any], bench: Bench) -> None:
-    bench.write(**keys)
-    assert bench.iterate() == 2
-    assert not bench.output.exists() or not any(bench.output.iterdir())
-
-
-def test_an_oracle_that_is_put_right_is_gone_on_with(
-    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A function that fails stops the run; mended, the same command goes on, and nothing else was lost."""
-    path = bench.folder / "oracle.py"
-    good = path.read_text()
-    path.write_text(good.replace("0.9 if gap", "1.9 if gap"))
-    bench.write(rounds=1, prompts_per_round=3)
-    assert bench.iterate() == 2
-    assert "P must lie in [0, 1]" in capsys.readouterr().err
-    path.write_text(good)
-    # A module that was imported is kept by the process, as no second command would.
-    import sys
-
-    for name in [name for name in sys.modules if name.startswith("llmalign_reward_oracle")]:
-        del sys.modules[name]
-    bench.run()
-
-
-def test_an_oracle_that_cannot_judge_everything_goes_through(bench: Bench) -> None:
-    """NaN for some pairs: they are left out and counted, in training, in win rates and in the gap."""
-    bench.write(
-        rounds=1, prompts_per_round=4, preference_function="oracle.py:sometimes", select="all_pairs", max_failed=0.9
-    )
-    told = bench.run()
-    assert told["rounds"][1]["counts"]["judge"]["failed"] > 0

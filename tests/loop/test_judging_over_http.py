@@ -13,7 +13,7 @@ import pytest
 from llmalign.judges.cache import AnswerCache
 from tests.judges.scripted import Reply, ScriptedJudge
 from tests.judges.serving import LlamaServer
-from tests.judges.test_real_server import forwarded
+from tests.judges.test_real_server import forwarded, without_logprobs
 from tests.loop.running import Bench, results
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="needs openai: llmalign[judge]")
@@ -117,13 +117,7 @@ def test_killed_and_started_again_in_the_middle_it_loses_nothing(
 def test_a_judge_without_log_probs_is_named_and_as_text_it_can_be_read(
     bench: Bench, proxy: ScriptedJudge, server: LlamaServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def silent(body: dict, times: int) -> Reply:
-        data = forwarded(server.url, body)
-        for choice in data["choices"]:
-            choice["logprobs"] = None
-        return Reply(data)
-
-    proxy.answer = silent
+    proxy.answer = lambda body, times: Reply(without_logprobs(forwarded(server.url, body)))
     judged_by(bench, proxy.url)
     assert bench.iterate() == 2
     assert "returns no log-probs" in capsys.readouterr().err

@@ -100,13 +100,23 @@ def test_a_preference_model_is_asked_as_it_is():
 
 
 def test_a_judge_is_asked_as_it_is():
+    class Client:
+        closed = False
+
+        def close(self):
+            self.closed = True
+
     class Judge:
+        client = Client()
+
         def score(self, prompts, first, second):
             return [0.25 if a < b else NAN for a, b in zip(first, second, strict=True)]
 
     oracle = JudgeOracle(Judge())
     assert same(oracle.preferences(["p", "p"], ["a", "b"], ["b", "a"], tag=[1, 1]), [0.25, NAN])
     assert not oracle.exact
+    oracle.close()
+    assert Judge.client.closed
 
 
 def length(prompts, completions, **columns):

@@ -1,7 +1,6 @@
 """`llmalign iterate`: rounds of sampling, judging, pairing, scoring, training and measuring, each stage done once."""
 
 import fcntl
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from llmalign.loop.judge import JUDGED, judge, score
 from llmalign.loop.oracles import check_oracle, load_oracle, oracle_identity, try_oracle
 from llmalign.loop.pair import PAIRS, pair
 from llmalign.loop.report import plot_rounds
-from llmalign.loop.run import Run, identity
+from llmalign.loop.run import Run, identity, let_go
 from llmalign.loop.sample import SAMPLES, sample
 from llmalign.loop.stages import (
     MANIFEST,
@@ -29,12 +28,10 @@ from llmalign.loop.stages import (
     write_json,
     write_manifest,
 )
-from llmalign.loop.train import let_go, remove_checkpoints, train
+from llmalign.loop.train import remove_checkpoints, train
 from llmalign.recipe import Recipe
 from llmalign.rewards.preference import Oracle, RewardOracle
 from llmalign.trainers.checkpoint import HARMLESS_KEYS, as_plain, compare_recipes, guard_output_dir
-
-logger = logging.getLogger(__name__)
 
 LOOP_FILE = "loop.json"
 ROUNDS_FILE = "rounds.json"
@@ -159,8 +156,13 @@ class Rounds:
         self, number: int, name: str, inputs: dict[str, str], make: Callable[[Path], Made], seed: int | None = None
     ) -> Manifest:
         """A stage, and its leftovers removed."""
-        manifest = self.run.stage(number, name, inputs, make, seed)
-        let_go()
+
+        def make_and_let_go(folder: Path) -> Made:
+            made = make(folder)
+            let_go()
+            return made
+
+        manifest = self.run.stage(number, name, inputs, make_and_let_go, seed)
         if self.run.main:
             folder = self.run.round_folder(number) / name
             if name != "train":
