@@ -1,7 +1,6 @@
 """Rounds judged by a real server, llama.cpp on the loopback: its death, its silence on log-probs, what is paid for."""
 
 import importlib.util
-import json
 import threading
 import time
 from collections import Counter
@@ -114,7 +113,7 @@ def test_killed_and_started_again_in_the_middle_it_loses_nothing(
             assert pair == other_pair and p == pytest.approx(q, abs=1e-3)
 
 
-def test_a_judge_without_log_probs_is_named_and_as_text_it_can_be_read(
+def test_a_judge_without_log_probs_is_named_after_one_request(
     bench: Bench, proxy: ScriptedJudge, server: LlamaServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     proxy.answer = lambda body, times: Reply(without_logprobs(forwarded(server.url, body)))
@@ -129,7 +128,8 @@ def test_a_budget_stops_cleanly_and_a_larger_one_goes_on(
 ) -> None:
     judged_by(bench, proxy.url, judge_max_requests=5)
     assert bench.iterate() == 2
-    assert "judge_max_requests" in capsys.readouterr().err or len(proxy.bodies) == 5
+    said = capsys.readouterr().err
+    assert "budget" in said and len(proxy.bodies) == 5
     judged_by(bench, proxy.url, judge_max_requests=1000)
     bench.run()
     assert set(asked(proxy).values()) == {1}
@@ -142,4 +142,4 @@ def test_a_key_that_is_missing_is_asked_for_before_anything_is_sampled(
     bench.write(oracle="judge", judge_url="https://judge.example/v1", judge_model="m", judge_api_key_env="SOME_KEY")
     assert bench.iterate() == 2
     assert "SOME_KEY" in capsys.readouterr().err
-    assert not list(bench.output.glob("round-*")) and "SOME_KEY" in json.dumps(bench.recipe_file.read_text())
+    assert not list(bench.output.glob("round-*"))
