@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmalign.loop.run import Run
-from llmalign.loop.sample import write_shards
 from llmalign.loop.score import CHECKED, FrozenScorer
+from llmalign.loop.shards import write_shards
 from llmalign.loop.stages import Made, Row, read_rows, wait_for, write_rows
 from llmalign.types import PromptGroups
 

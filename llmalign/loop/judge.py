@@ -12,7 +12,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from llmalign.errors import UserError
 from llmalign.loop.comparisons import Comparisons, Pair
 from llmalign.loop.run import Run
-from llmalign.loop.sample import SHARDS
+from llmalign.loop.shards import SHARDS
 from llmalign.loop.stages import Made, Row, batches, read_rows, write_rows
 from llmalign.rewards.preference import RewardOracle
 from llmalign.rewards.tournament import PLANS, Chosen, Comparison, Plan
