@@ -42,6 +42,7 @@ class Method:
     trainer: Any
     config: Any
     kind: str
+    of_images = False
 
 
 METHODS = {

@@ -48,7 +48,8 @@ HARMLESS_KEYS = frozenset(
     output_dir resume save_total_limit per_device_eval_batch_size eval_accumulation_steps dataloader_pin_memory
     logging_dir logging_first_step logging_steps logging_strategy log_level log_level_replica disable_tqdm
     report_to run_name project trackio_space_id alarm_chosen_drop alarm_prompts alarm_new_tokens
-    reference_cache_dir push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision
+    reference_cache_dir image_cache_dir encode_batch_size
+    push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision
     """.split()
 )
 SECRET_KEYS = frozenset({"hub_token"})

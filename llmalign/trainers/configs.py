@@ -1,16 +1,24 @@
 """One config per method, validated where it is made; what TRL's configs hold is inherited, or refused by name."""
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
 import trl
-from accelerate.utils import parse_flag_from_env
 
 from llmalign.errors import UserError
 from llmalign.scores.scoring import AUTO, KINDS
 from llmalign.trainers.batching import check_batching
+from llmalign.trainers.pair_loss import HYPER_PARAMETERS, UNBOUNDED, check_pair_loss
+from llmalign.trainers.validation import (
+    CHECKPOINTING,
+    NAN_FILTER,
+    ChosenHardware,
+    best_by_accuracy,
+    check_flip_rate,
+    positive,
+    refuse_inherited,
+    require,
+)
 
 #: Inherited fields that a score-based loss does not honour, and what to do instead.
 _NOT_HONOURED = {
@@ -36,115 +44,29 @@ _NOT_HONOURED = {
     "use_liger_kernel": "TRL deprecates it; use model_init_kwargs {use_kernels: true}",
 }
 
-_CHECKPOINTING = "Recompute activations; left open: on CUDA only."
-_NAN_FILTER = "Hide NaN losses from the log; TRL's default is True."
-
-
-def choose_hardware(args: Any) -> str:
-    """Fill in what the user left open (`use_cpu`, `bf16`, activation checkpointing) and return the choice in words."""
-    if parse_flag_from_env("ACCELERATE_USE_CPU") and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        # accelerate would run plain data parallelism on weights that are sharded while they are loaded
-        raise UserError("ACCELERATE_USE_CPU switches DeepSpeed off: unset it and set DS_ACCELERATOR=cpu")
-    on_cuda = torch.cuda.is_available() and not args.use_cpu
-    on_mps = torch.backends.mps.is_available() and not args.use_cpu
-    if not (on_cuda or on_mps):
-        args.use_cpu = True
-    if args.bf16 is None:
-        args.bf16 = bool(on_cuda and torch.cuda.is_bf16_supported() and not args.fp16)
-    if args.gradient_checkpointing is None and args.activation_checkpointing is None:
-        args.activation_checkpointing = bool(on_cuda)
-    checkpointing = args.activation_checkpointing or args.gradient_checkpointing
-    device = "CUDA" if on_cuda else "MPS" if on_mps else "CPU"
-    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    return f"{device}, {precision}, {'with' if checkpointing else 'without'} gradient checkpointing"
-
-
-def refuse_inherited(args: Any, names: dict[str, str]) -> None:
-    """Raise UserError where an inherited field that would be ignored has another value than its default."""
-    for entry in fields(args):
-        if entry.name not in names:
-            continue
-        default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
-        value = getattr(args, entry.name)
-        if value != default:
-            raise UserError(
-                f"{entry.name}={value!r} is not honoured by {type(args).__name__}: {names[entry.name]}; "
-                f"leave it at {default!r}"
-            )
-
-
-def refuse_foreign(args: Any, belongs: dict[str, tuple[str, Any]]) -> None:
-    """Raise UserError where a field that only another choice reads (`field: (option, value)`) is not at its default."""
-    for name, (option, value) in belongs.items():
-        own = getattr(args, option)
-        if own != value:
-            refuse_inherited(args, {name: f"it belongs to {option}: {value}, and this run's is {own}"})
-
-
-def require(condition: bool, name: str, value: Any, rule: str) -> None:
-    """Raise UserError naming the field, its value and the rule, unless the condition holds."""
-    if not condition:
-        raise UserError(f"{name} must be {rule}, got {value!r}")
-
-
-def best_by_accuracy(args: Any, loss: str) -> None:
-    """Let accuracy pick the best checkpoint of a loss without a lower bound; refuse a choice by that loss."""
-    if not args.load_best_model_at_end and args.save_strategy != "best":
-        return
-    if args.metric_for_best_model is None:
-        args.metric_for_best_model, args.greater_is_better = "rewards/accuracies", True
-    if args.metric_for_best_model.split("_")[-1] == "loss":
-        raise UserError(
-            f"the {loss} loss has no lower bound, so it cannot pick the best checkpoint; "
-            "set metric_for_best_model: rewards/accuracies"
-        )
-
-
-def _positive(args: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(args, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        require(number and value > 0 and math.isfinite(value), name, value, "a positive finite number")
-
-
-def _flip_rate(args: Any, upper: float = 0.5, *, closed: bool = False) -> None:
-    value = args.flip_rate
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    inside = number and (0 <= value <= upper if closed else 0 <= value < upper)
-    hint = "" if closed else " (at 0.5 the labels carry no information and the correction divides by zero)"
-    require(inside, "flip_rate", value, f"in [0, {upper:g}{']' if closed else ')'}{hint}")
-
-
-class _Chosen:
-    """Precision, device and checkpointing chosen from the hardware; the choice in words is `choices`."""
-
-    def __post_init__(self) -> None:
-        self.choices = choose_hardware(self)
-        super().__post_init__()  # type: ignore[misc]
-
 
 @dataclass
-class DPOConfig(_Chosen, trl.DPOConfig):
+class DPOConfig(ChosenHardware, trl.DPOConfig):
     """TRL's DPOConfig with precision, device and checkpointing chosen from the hardware where they are left open."""
 
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": _CHECKPOINTING})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": _NAN_FILTER})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": CHECKPOINTING})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": NAN_FILTER})
 
 
 @dataclass
-class SFTConfig(_Chosen, trl.SFTConfig):
+class SFTConfig(ChosenHardware, trl.SFTConfig):
     """TRL's SFTConfig with precision, device and checkpointing chosen from the hardware where they are left open."""
 
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": _CHECKPOINTING})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": _NAN_FILTER})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": CHECKPOINTING})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": NAN_FILTER})
 
 
 @dataclass
-class RewardConfig(_Chosen, trl.RewardConfig):
+class RewardConfig(ChosenHardware, trl.RewardConfig):
     """TRL's RewardConfig with precision, device and checkpointing chosen from the hardware where they are left open."""
 
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": _CHECKPOINTING})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": _NAN_FILTER})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": CHECKPOINTING})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": NAN_FILTER})
 
 
 @dataclass
@@ -184,7 +106,7 @@ class ScoreConfig(DPOConfig):
             self.choices += f", micro-batches of at most {self.tokens_per_batch} tokens"
         require(self.scoring in KINDS, "scoring", self.scoring, f"one of {', '.join(KINDS)}")
         check_batching(self)
-        _positive(self, "alarm_chosen_drop", "alarm_new_tokens")
+        positive(self, "alarm_chosen_drop", "alarm_new_tokens")
         require(self.alarm_prompts >= 0, "alarm_prompts", self.alarm_prompts, "zero or more")
 
     def _unused(self) -> dict[str, str]:
@@ -202,38 +124,13 @@ class PairConfig(ScoreConfig):
     eta: float | None = field(default=None, metadata={"help": "rpo: weight of the chosen log-prob."})
     alpha: float | None = field(default=None, metadata={"help": "irpo: weight of the mean chosen log-prob."})
 
-    HYPER_PARAMETERS = {
-        "dpo": ("beta",),
-        "cdpo": ("beta", "flip_rate"),
-        "ipo": ("tau",),
-        "slic": ("beta",),
-        "rpo": ("beta", "eta"),
-        "irpo": ("beta", "alpha"),
-        "rdpo": ("beta", "flip_rate"),
-        "ripo": ("tau", "flip_rate"),
-        "rslic": ("beta", "flip_rate"),
-    }
+    HYPER_PARAMETERS = {name: keys for name, keys in HYPER_PARAMETERS.items() if name != "inpo"}
 
     def __post_init__(self) -> None:
-        known = ", ".join(self.HYPER_PARAMETERS)
         if self.loss == "inpo":
             raise UserError("the inpo loss needs the previous iterate's log-probs: use method: inpo (INPOTrainer)")
-        require(self.loss in self.HYPER_PARAMETERS, "loss", self.loss, f"one of {known}")
-        wanted = self.HYPER_PARAMETERS[self.loss]
-        for name in ("tau", "flip_rate", "eta", "alpha"):
-            value = getattr(self, name)
-            if name in wanted and value is None:
-                raise UserError(f"loss: {self.loss} needs {name}")
-            if name not in wanted and value is not None:
-                raise UserError(f"loss: {self.loss} has no {name}; it takes {', '.join(wanted)}")
-        _positive(self, *(name for name in wanted if name not in ("flip_rate", "eta", "alpha")))
-        if "flip_rate" in wanted:
-            _flip_rate(self, 1.0 if self.loss == "cdpo" else 0.5, closed=self.loss == "cdpo")
-        for name in ("eta", "alpha"):
-            if name in wanted:
-                value = getattr(self, name)
-                require(math.isfinite(value) and value >= 0, name, value, "zero or a positive finite number")
-        if self.loss in ("rdpo", "rslic"):
+        check_pair_loss(self, self.HYPER_PARAMETERS)
+        if self.loss in UNBOUNDED:
             best_by_accuracy(self, self.loss)
         super().__post_init__()
 
@@ -256,7 +153,7 @@ class RPOConfig(ScoreConfig):
     learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate."})
 
     def __post_init__(self) -> None:
-        _positive(self, "beta", "base_new_tokens")
+        positive(self, "beta", "base_new_tokens")
         require(math.isfinite(self.eta) and self.eta >= 0, "eta", self.eta, "zero or a positive finite number")
         require(self.base in ("chosen", "reference", "column"), "base", self.base, "chosen, reference or column")
         super().__post_init__()
@@ -274,12 +171,12 @@ class RDPOConfig(ScoreConfig):
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "beta")
+        positive(self, "beta")
         if self.flip_rate == "estimate":
             if self.scorer_margin_column is None:
                 raise UserError("flip_rate: estimate needs scorer_margin_column, an independent scorer's margins")
         else:
-            _flip_rate(self)
+            check_flip_rate(self)
             if self.scorer_margin_column is not None:
                 raise UserError("scorer_margin_column is only used with flip_rate: estimate")
         best_by_accuracy(self, "rDPO")
@@ -297,7 +194,7 @@ class INPOConfig(ScoreConfig):
     learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate."})
 
     def __post_init__(self) -> None:
-        _positive(self, "eta")
+        positive(self, "eta")
         if self.tau is None:
             self.tau = self.eta / 3
         require(math.isfinite(self.tau) and self.tau >= 0, "tau", self.tau, "zero or a positive finite number")
@@ -319,7 +216,7 @@ class CoPGConfig(ScoreConfig):
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "beta")
+        positive(self, "beta")
         require(
             self.normalize_rewards in ("none", "group", "dataset"),
             "normalize_rewards",

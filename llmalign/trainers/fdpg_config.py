@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from llmalign.errors import UserError
 from llmalign.losses import DIVERGENCES
 from llmalign.rewards.targets import DistributionalTarget, PointwiseTarget, RewardTarget, Target
-from llmalign.trainers.configs import _positive, refuse_foreign, require
 from llmalign.trainers.sampled_configs import SampledConfig
+from llmalign.trainers.validation import positive, refuse_foreign, require
 
 TARGETS = ("pointwise", "distributional", "reward")
 PARTITIONS = ("per_prompt", "shared")
@@ -91,9 +91,9 @@ class FDPGConfig(SampledConfig):
         _known(self, "baseline", BASELINES)
         _known(self, "proposal", PROPOSALS)
         counts = ("moment_samples", "moment_samples_per_prompt", "baseline_window", "proposal_update_interval")
-        _positive(self, *counts)
+        positive(self, *counts)
         if self.max_z is not None:
-            _positive(self, "max_z")
+            positive(self, "max_z")
         self._check_target()
         if self.baseline == "one" and self.divergence != "forward_kl":
             raise UserError("baseline: one is E[p/pi], the mean pseudo-reward of forward_kl alone; use leave_one_out")

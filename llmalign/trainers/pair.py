@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 START_TOLERANCE = 1e-4  # nats per sequence, float32
 FILLER = "filler"  # in a batch: (B,) bool, true where a row is repeated only to fill the batch and counts for nothing
-LENGTH_MATCHED = 0.1  # a pair whose lengths differ by at most this share of the longer one
 
 
 class RowMetrics:
@@ -118,25 +117,16 @@ class PairTrainerMixin:
         raise NotImplementedError
 
     def _pair_metrics(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Implicit rewards, which text and images have alike."""
         chosen = scores.chosen - scores.ref_chosen
         rejected = scores.rejected - scores.ref_rejected
-        accuracies = _share_first(chosen, rejected)
+        accuracies = share_first(chosen, rejected)
         metrics = {
             "rewards/chosen": self.reward_scale * chosen,
             "rewards/rejected": self.reward_scale * rejected,
             "rewards/margins": self.reward_scale * (chosen - rejected),
             "rewards/accuracies": accuracies,
-            "logps/chosen": scores.chosen,
-            "logps/rejected": scores.rejected,
-            "logps/accuracies": _share_first(scores.chosen, scores.rejected),
-            "drift/chosen": chosen,
         }
-        if scores.chosen_lengths is not None and scores.rejected_lengths is not None:
-            longest = torch.maximum(scores.chosen_lengths, scores.rejected_lengths)
-            matched = (scores.chosen_lengths - scores.rejected_lengths).abs() <= LENGTH_MATCHED * longest
-            metrics["length/matched"] = matched
-            metrics["length/longer_wins"] = _share_first(scores.chosen_lengths, scores.rejected_lengths)
-            metrics["rewards/accuracies_length_matched"] = accuracies.masked_fill(~matched, torch.nan)
         if "flipped" in inputs:
             metrics["rewards/accuracies_clean"] = torch.where(inputs["flipped"], 1 - accuracies, accuracies)
         return metrics
@@ -251,6 +241,6 @@ def _largest(scores: PairScores | GroupScores) -> float:
     return float(policy.detach().abs().max())
 
 
-def _share_first(first: Tensor, second: Tensor) -> Tensor:
+def share_first(first: Tensor, second: Tensor) -> Tensor:
     """1 where the first is larger, one half where they are equal, so that an untrained policy scores 0.5."""
     return (first > second).float() + 0.5 * (first == second).float()

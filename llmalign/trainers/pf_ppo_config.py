@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from llmalign.errors import UserError
 from llmalign.losses.filters import STRATEGIES
-from llmalign.trainers.configs import _positive, refuse_foreign, require
 from llmalign.trainers.sampled_configs import SampledConfig
+from llmalign.trainers.validation import positive, refuse_foreign, require
 
 HEAD, MODEL = "head", "model"
 GAE, GROUP = "gae", "group"
@@ -74,14 +74,14 @@ class PFPPOConfig(SampledConfig):
         super().__post_init__()
         for name, known in _CHOICES.items():
             require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
-        _positive(self, "clip", "value_clip", "num_iterations", "power")
+        positive(self, "clip", "value_clip", "num_iterations", "power")
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         if self.reward_clip is not None:
-            _positive(self, "reward_clip")
+            positive(self, "reward_clip")
         refuse_foreign(self, _BELONGS)
         if self.draws is not None:
-            _positive(self, "draws")
+            positive(self, "draws")
         self._check_critic()
 
     def _check_group(self) -> None:
@@ -110,7 +110,7 @@ class PFPPOConfig(SampledConfig):
             self.critic_learning_rate = 9e-6 if own else 1e-4
         if self.value_coef is None:
             self.value_coef = 1.0 if own else 0.1
-        _positive(self, "critic_learning_rate", "value_coef")
+        positive(self, "critic_learning_rate", "value_coef")
         if own and self.deepspeed_plugin is not None:
             raise UserError(
                 "critic: model is a second network, and ZeRO's engine trains one: set critic: head or advantage: "

@@ -20,8 +20,10 @@ from llmalign.data.label_noise import estimate_flip_rate
 from llmalign.errors import UserError
 from llmalign.scores.sampling import sample_completions
 from llmalign.trainers._trl import PairBase, continue_adapter, load_frozen
-from llmalign.trainers.configs import INPOConfig, PairConfig, RDPOConfig, RPOConfig
+from llmalign.trainers.configs import INPOConfig, RDPOConfig, RPOConfig
+from llmalign.trainers.pair_loss import PairLoss
 from llmalign.trainers.preparation import prepare_pairs
+from llmalign.trainers.text_scores import text_metrics
 from llmalign.types import PairScores
 
 logger = logging.getLogger(__name__)
@@ -42,28 +44,17 @@ class PreferenceBase(PairBase):
 
     prepare = staticmethod(prepare_pairs)
 
+    def row_metrics(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Those of pairs, with log-probs, drift in nats and what length has to do with it."""
+        metrics = super().row_metrics(scores, inputs)
+        return metrics | text_metrics(scores, metrics["rewards/accuracies"])
 
-class PairTrainer(PreferenceBase):
+
+class PairTrainer(PairLoss, PreferenceBase):
     """Trains with any pairwise loss of `llmalign.losses` that needs policy and reference alone (`args.loss`)."""
 
     _name = "Pair"
     _tag_names = ["llmalign"]
-
-    def __init__(self, model: Any, ref_model: Any = None, args: PairConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(model, ref_model, args, **kwargs)
-        self._loss = getattr(losses, self.args.loss)
-        self._hyper_parameters = {
-            name: getattr(self.args, name) for name in PairConfig.HYPER_PARAMETERS[self.args.loss]
-        }
-
-    @property
-    def reward_scale(self) -> float:
-        """beta, or tau for the losses that have no beta."""
-        return self._hyper_parameters["beta" if "beta" in self._hyper_parameters else "tau"]
-
-    def loss_terms(self, scores: PairScores, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The chosen loss, one term."""
-        return {self.args.loss: self._loss(scores, **self._hyper_parameters)}
 
 
 class RPOTrainer(PreferenceBase):

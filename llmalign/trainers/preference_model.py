@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from llmalign.errors import UserError
 from llmalign.rewards.pair_model import PairText, mark_pair_preference
 from llmalign.trainers.baselines import RewardTrainer
-from llmalign.trainers.configs import RewardConfig, refuse_inherited
+from llmalign.trainers.configs import RewardConfig
 from llmalign.trainers.loading import load_tokenizer
+from llmalign.trainers.validation import refuse_inherited
 
 logger = logging.getLogger(__name__)
 

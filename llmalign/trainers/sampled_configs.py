@@ -8,7 +8,7 @@ import trl
 
 from llmalign.errors import UserError
 from llmalign.scores.scoring import AUTO, KINDS
-from llmalign.trainers.configs import _CHECKPOINTING, _NAN_FILTER, _Chosen, _positive, refuse_inherited, require
+from llmalign.trainers.validation import CHECKPOINTING, NAN_FILTER, ChosenHardware, positive, refuse_inherited, require
 
 _NOT_HONOURED = {
     "epsilon": "the ratio is not clipped in this loss",
@@ -28,7 +28,7 @@ _NOT_HONOURED = {
 
 
 @dataclass
-class SampledConfig(_Chosen, trl.RLOOConfig):
+class SampledConfig(ChosenHardware, trl.RLOOConfig):
     """What all on-policy methods share; inherited fields that they would ignore are refused unless at default.
 
     `per_device_train_batch_size` counts completions and must hold whole groups of `num_generations`. Raises UserError
@@ -37,8 +37,8 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
 
     num_generations: int = field(default=2, metadata={"help": "Completions of a prompt in a rollout."})
     num_generations_eval: int | None = field(default=None, metadata={"help": "The same in evaluation; open: as many."})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": _CHECKPOINTING})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": _NAN_FILTER})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": CHECKPOINTING})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": NAN_FILTER})
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout is always off here."})
     reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Functions by import path: package.module:function or file.py:function."}
@@ -82,13 +82,13 @@ class SampledConfig(_Chosen, trl.RLOOConfig):
         self._whole_groups("per_device_eval_batch_size", size)
         self._check_as_rloo()
         require(self.scoring in KINDS, "scoring", self.scoring, f"one of {', '.join(KINDS)}")
-        _positive(self, "temperature", "max_completion_length")
+        positive(self, "temperature", "max_completion_length")
         require(self.beta >= 0 and math.isfinite(self.beta), "beta", self.beta, "zero or a positive finite number")
         self._check_passes()
         self._best_by_reward()
         for name in ("max_prompt_length", "sampling_batch_size"):
             if getattr(self, name) is not None:
-                _positive(self, name)
+                positive(self, name)
         self._check_sampling()
         if self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1:
             self.choices += ", log-probs of the distribution before top_p, top_k, min_p and repetition_penalty"
@@ -174,7 +174,7 @@ class MDPOConfig(SampledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "step_size", "step_size_floor")
+        positive(self, "step_size", "step_size_floor")
         require(self.step_size_floor <= self.step_size, "step_size_floor", self.step_size_floor, "at most step_size")
         steps = self.num_iterations * self.steps_per_generation / self.gradient_accumulation_steps
         require(
@@ -202,11 +202,11 @@ class OnlineCoPGConfig(SampledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "beta")
+        positive(self, "beta")
         known = ("none", "group")
         require(self.normalize_rewards in known, "normalize_rewards", self.normalize_rewards, "none or group")
         require(self.replay_prompts >= 0, "replay_prompts", self.replay_prompts, "zero or more")
-        _positive(self, "replay_capacity")
+        positive(self, "replay_capacity")
         if not self.replay_prompts:
             refuse_inherited(self, {"replay_capacity": "set replay_prompts, without which nothing is replayed"})
         else:

@@ -13,12 +13,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llmalign.scores.prefix import Layout
 from llmalign.scores.scoring import AUTO, PADDED, Gaps, Scorer, why_not
 from llmalign.scores.text import completion_logps
-from llmalign.trainers.pair import START_TOLERANCE
-from llmalign.types import PromptGroups
+from llmalign.trainers.pair import START_TOLERANCE, share_first
+from llmalign.types import PairScores, PromptGroups
 
 logger = logging.getLogger(__name__)
 
 LAYOUT_FILE = "scoring.json"
+LENGTH_MATCHED = 0.1  # a pair whose lengths differ by at most this share of the longer one
 CHECKED_GROUPS = 2  # several, so that one prompt's tokens could leak into another's; short, since both layouts are run
 
 
@@ -134,3 +135,20 @@ def short_groups(groups: PromptGroups, count: int) -> PromptGroups:
     tokens, completions = groups.unique_tokens(), groups.counts()
     order = sorted(range(len(groups)), key=lambda row: (completions[row] < 2, tokens[row]))
     return groups.take(order[:count])
+
+
+def text_metrics(scores: PairScores, accuracies: Tensor) -> dict[str, Tensor]:
+    """What pairs of texts log beside their implicit rewards, (B,) each; `accuracies` are those of the rewards."""
+    metrics = {
+        "logps/chosen": scores.chosen,
+        "logps/rejected": scores.rejected,
+        "logps/accuracies": share_first(scores.chosen, scores.rejected),
+        "drift/chosen": scores.chosen - scores.ref_chosen,
+    }
+    if scores.chosen_lengths is not None and scores.rejected_lengths is not None:
+        longest = torch.maximum(scores.chosen_lengths, scores.rejected_lengths)
+        matched = (scores.chosen_lengths - scores.rejected_lengths).abs() <= LENGTH_MATCHED * longest
+        metrics["length/matched"] = matched
+        metrics["length/longer_wins"] = share_first(scores.chosen_lengths, scores.rejected_lengths)
+        metrics["rewards/accuracies_length_matched"] = accuracies.masked_fill(~matched, torch.nan)
+    return metrics
