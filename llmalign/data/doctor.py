@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 
 from llmalign.data.overlong import drop_overlong
 from llmalign.data.ragged import Ragged, tables
-from llmalign.data.report import FAULTS, FIRST_ROWS, Finding, Limits, Report, quantiles
+from llmalign.data.report import FAULTS, FIRST_ROWS, Finding, Limits, Report, RowReport, Shares, quantiles
 from llmalign.data.show import show_row
 from llmalign.errors import UserError
 
@@ -81,7 +81,7 @@ def examine(
     )
 
 
-def refuse(report: Report, limits: Limits | None = None) -> None:
+def refuse(report: RowReport, limits: Shares | None = None) -> None:
     """Raise UserError listing every fault above its limit; return when there is none."""
     problems = report.problems(limits)
     if len(problems) == 1:

@@ -64,7 +64,7 @@ def load(
     """
     if kind not in KINDS:
         raise UserError(f"{kind!r} is no kind of data; known are: {', '.join(KINDS)}.")
-    parsed = _as_sources(sources)
+    parsed = as_sources(sources)
     if streaming:
         return _stream(parsed, kind, tuple(keep), seed)
     parts: list[Dataset] = []
@@ -74,10 +74,10 @@ def load(
     _check_alike(parsed, parts)
     if kind == "groups":
         parts = [_without_short_groups(source, part) for source, part in zip(parsed, parts, strict=True)]
-    return _mix(parsed, parts, seed)
+    return mix(parsed, parts, seed)
 
 
-def _as_sources(sources: Sources) -> list[DataSource]:
+def as_sources(sources: Sources) -> list[DataSource]:
     items = [sources] if isinstance(sources, (str, dict, DataSource)) else list(sources)
     parsed: list[DataSource] = []
     for item in items:
@@ -94,7 +94,7 @@ def _read(source: DataSource, kind: str, keep: tuple[str, ...], first_id: int) -
     layout = _layout(shards, source, kind, keep)
     options = {"shards": shards, "source": source, "layout": layout, "first_id": first_id}
     stamps = [shard.stamp() for shard in shards]
-    key = Hasher.hash([_code_digest(), stamps, repr(source), repr(layout), first_id])
+    key = Hasher.hash([code_digest(), stamps, repr(source), repr(layout), first_id])
     try:
         rows = Dataset.from_generator(_generate, features=layout.features, gen_kwargs=options, fingerprint=key)
     except DatasetGenerationError as error:
@@ -105,7 +105,7 @@ def _read(source: DataSource, kind: str, keep: tuple[str, ...], first_id: int) -
     return rows
 
 
-def _code_digest() -> str:
+def code_digest() -> str:
     """Digest of this package's files: what is cached was checked by this code and no other."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
@@ -115,11 +115,11 @@ def _layout(shards: list[Shard], source: DataSource, kind: str, keep: tuple[str,
     for shard in shards:
         for number, row in shard.rows():
             try:
-                if _matches(row, source.where):
+                if matches(row, source.where):
                     return settle(kind, row, columns=source.columns, keep=keep, text_cells=shard.text_cells)
             except Fault as fault:
-                raise _at(shard, number, fault) from None
-    raise _nothing_matches(shards, source)
+                raise at(shard, number, fault) from None
+    raise nothing_matches(shards, source)
 
 
 def _generate(
@@ -130,10 +130,10 @@ def _generate(
     for shard in shards:
         for number, row in shard.rows():
             try:
-                wanted = _matches(row, source.where)
+                wanted = matches(row, source.where)
                 canonical = layout.canonical(row, text_cells=shard.text_cells) if wanted else None
             except Fault as fault:
-                raise _at(shard, number, fault) from None
+                raise at(shard, number, fault) from None
             if canonical is not None:
                 yield {"row_id": position if first_id is not None else _content_id(canonical, salt), **canonical}
                 taken += 1
@@ -142,7 +142,7 @@ def _generate(
             position += 1
 
 
-def _at(shard: Shard, number: int, fault: Fault) -> UserError:
+def at(shard: Shard, number: int, fault: Fault) -> UserError:
     return UserError(f"{shard.name}, {shard.unit} {number}: {fault}.")
 
 
@@ -151,7 +151,7 @@ def _content_id(row: Row, salt: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _matches(row: Row, where: dict[str, Any] | None) -> bool:
+def matches(row: Row, where: dict[str, Any] | None) -> bool:
     for name, wanted in (where or {}).items():
         value = checks.pick(row, name)
         if value not in (wanted if isinstance(wanted, list) else [wanted]):
@@ -159,7 +159,7 @@ def _matches(row: Row, where: dict[str, Any] | None) -> bool:
     return True
 
 
-def _nothing_matches(shards: list[Shard], source: DataSource) -> UserError:
+def nothing_matches(shards: list[Shard], source: DataSource) -> UserError:
     where = source.where or {}
     seen: dict[str, list[Any]] = {name: [] for name in where}
     for shard in shards:
@@ -207,7 +207,7 @@ def _has_two(rewards: list[float]) -> bool:
     return len(rewards) >= 2
 
 
-def _mix(sources: Sequence[DataSource], parts: list[Dataset], seed: int) -> Dataset:
+def mix(sources: Sequence[DataSource], parts: list[Dataset], seed: int) -> Dataset:
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights or len(parts) == 1:
         return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]

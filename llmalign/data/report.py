@@ -1,7 +1,8 @@
 """What the doctor found, how much of it is allowed, and both in words."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.console import Console
@@ -14,12 +15,22 @@ FIRST_ROWS = 5
 
 
 @dataclass(frozen=True)
-class Limits:
+class Shares:
     """The share of rows, from 0 to 1, that may show each fault before training refuses the data.
 
-    A recipe sets them with `max_` before the name. `duplicates` counts the repetitions of a row, not its first
-    occurrence. Raises UserError for a limit outside [0, 1].
+    A recipe sets them with `max_` before the name. Raises UserError for a limit outside [0, 1].
     """
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            share = getattr(self, limit.name)
+            if not 0.0 <= share <= 1.0:
+                raise UserError(f"`max_{limit.name}` is a share of rows and must be in [0, 1], got {share}.")
+
+
+@dataclass(frozen=True)
+class Limits(Shares):
+    """The limits of text. `duplicates` counts the repetitions of a row, not its first occurrence."""
 
     truncated: float = 0.05
     dropped: float = 0.05
@@ -31,14 +42,10 @@ class Limits:
     doubled_eos: float = 0.01
     not_prefix: float = 0.01
 
-    def __post_init__(self) -> None:
-        for limit in fields(self):
-            share = getattr(self, limit.name)
-            if not 0.0 <= share <= 1.0:
-                raise UserError(f"`max_{limit.name}` is a share of rows and must be in [0, 1], got {share}.")
 
+Faults = Mapping[str, tuple[str, str, str]]  # fault -> (label in the table, what the rows are or have, the way out)
 
-FAULTS = {  # fault -> (label in the table, what the rows are or have, the way out)
+FAULTS: Faults = {
     "truncated": (
         "cut at max_length",
         "are longer than max_length {max_length} and lose the end of a response",
@@ -83,33 +90,33 @@ class Finding:
     rows: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `examine` found. `lengths` maps a part to its token counts at QUANTILES; faults not checked are absent."""
+@dataclass(frozen=True, kw_only=True)
+class RowReport:
+    """Faults of rows beside their limits; a subclass says which faults it knows and what else was measured.
+
+    Faults that were not checked are absent from `findings`.
+    """
+
+    faults: ClassVar[Faults]
 
     kind: str
     rows: int
-    prepared_rows: int
-    max_length: int | None
     findings: dict[str, Finding]
-    lengths: dict[str, tuple[int, ...]]
-    duplicate_prompts: int
-    limits: Limits = field(default_factory=Limits)
+    limits: Shares
     notes: tuple[str, ...] = ()
 
-    def problems(self, limits: Limits | None = None) -> list[str]:
+    def problems(self, limits: Shares | None = None) -> list[str]:
         """One plain sentence for each fault above its limit; `limits` replaces those of the report."""
         allowed = limits or self.limits
         sentences = []
-        for name, (_, what, way_out) in FAULTS.items():
+        for name, (_, what, way_out) in self.faults.items():
             finding, limit = self.findings.get(name), getattr(allowed, name)
             if finding is None or not finding.count or finding.count <= limit * self.rows:
                 continue
             ids = ", ".join(map(str, finding.rows)) + (", ..." if finding.count > len(finding.rows) else "")
             counted = f"{finding.count:,} of {self.rows:,} rows ({self.share(name):.1%})"
             sentences.append(
-                f"{counted} {what.format(max_length=self.max_length)}; `max_{name}` allows {limit:.1%}; row_id {ids}; "
-                f"{way_out}."
+                f"{counted} {what.format_map(vars(self))}; `max_{name}` allows {limit:.1%}; row_id {ids}; {way_out}."
             )
         return sentences
 
@@ -122,36 +129,14 @@ class Report:
         return {
             "kind": self.kind,
             "rows": self.rows,
-            "prepared_rows": self.prepared_rows,
-            "max_length": self.max_length,
             "findings": {name: {"count": f.count, "rows": list(f.rows)} for name, f in self.findings.items()},
-            "lengths": {name: dict(zip(map(str, QUANTILES), q, strict=True)) for name, q in self.lengths.items()},
-            "duplicate_prompts": self.duplicate_prompts,
             "notes": list(self.notes),
         }
 
     def render(self, console: Console) -> None:
-        """Print counts beside their limits, token lengths, notes, and the problems as a plain list."""
-        faults = Table(title=f"{self.rows:,} rows of {self.kind}, {self.prepared_rows:,} after preparation")
-        for name, justify in (("check", "left"), ("rows", "right"), ("share", "right"), ("limit", "right")):
-            faults.add_column(name, justify=justify)  # type: ignore[arg-type]
-        for name, finding in self.findings.items():
-            limit = getattr(self.limits, name)
-            style = "bold red" if finding.count > limit * self.rows else None
-            faults.add_row(
-                FAULTS[name][0], f"{finding.count:,}", f"{self.share(name):.1%}", f"{limit:.1%}", style=style
-            )
-        faults.add_row(
-            "repeated prompts", f"{self.duplicate_prompts:,}", f"{self.duplicate_prompts / self.rows:.1%}", ""
-        )
-        console.print(faults)
-        lengths = Table(title=f"tokens (max_length {self.max_length or 'none'})")
-        lengths.add_column("part")
-        for quantile in QUANTILES:
-            lengths.add_column("longest" if quantile == 1.0 else f"{quantile:.0%}", justify="right")
-        for name, values in self.lengths.items():
-            lengths.add_row(name, *(f"{value:,}" for value in values))
-        console.print(lengths)
+        """Print counts beside their limits, what else was measured, notes, and the problems as a plain list."""
+        for table in self.tables():
+            console.print(table)
         for note in self.notes:
             console.print(f"Note: {note}", highlight=False)
         for problem in self.problems():
@@ -159,9 +144,68 @@ class Report:
         if not self.problems():
             console.print("Nothing above its limit.", style="green")
 
+    def tables(self) -> list[Table]:
+        """Counts of the faults beside their limits; subclasses add what else was measured."""
+        table = Table(title=f"{self.rows:,} rows of {self.kind}")
+        for name, justify in (("check", "left"), ("rows", "right"), ("share", "right"), ("limit", "right")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        for name, finding in self.findings.items():
+            limit = getattr(self.limits, name)
+            style = "bold red" if finding.count > limit * self.rows else None
+            label = self.faults[name][0]
+            table.add_row(label, f"{finding.count:,}", f"{self.share(name):.1%}", f"{limit:.1%}", style=style)
+        return [table]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(RowReport):
+    """What `examine` found in text. `lengths` maps a part to its token counts at QUANTILES."""
+
+    faults: ClassVar[Faults] = FAULTS
+
+    prepared_rows: int
+    max_length: int | None
+    lengths: dict[str, tuple[int, ...]]
+    duplicate_prompts: int
+    limits: Shares = field(default_factory=Limits)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON takes it."""
+        return {
+            **super().as_dict(),
+            "prepared_rows": self.prepared_rows,
+            "max_length": self.max_length,
+            "lengths": by_quantile(self.lengths),
+            "duplicate_prompts": self.duplicate_prompts,
+        }
+
+    def tables(self) -> list[Table]:
+        """Counts beside their limits, and token lengths."""
+        (faults,) = super().tables()
+        faults.title = f"{faults.title}, {self.prepared_rows:,} after preparation"
+        repeated = self.duplicate_prompts
+        faults.add_row("repeated prompts", f"{repeated:,}", f"{repeated / self.rows:.1%}", "")
+        return [faults, quantile_table(f"tokens (max_length {self.max_length or 'none'})", self.lengths, "longest")]
+
+
+def quantile_table(title: str, measured: Mapping[str, tuple[int, ...]], last: str) -> Table:
+    """A row for each part with its values at QUANTILES; `last` is what the greatest value is called."""
+    table = Table(title=title)
+    table.add_column("part")
+    for quantile in QUANTILES:
+        table.add_column(last if quantile == 1.0 else f"{quantile:.0%}", justify="right")
+    for name, values in measured.items():
+        table.add_row(name, *(f"{value:,}" for value in values))
+    return table
+
+
+def by_quantile(measured: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, int]]:
+    """The same numbers as JSON takes them."""
+    return {name: dict(zip(map(str, QUANTILES), values, strict=True)) for name, values in measured.items()}
+
 
 def quantiles(lengths: np.ndarray) -> tuple[int, ...]:
-    """Token counts at QUANTILES, as whole tokens that occur; zeros where there is nothing to count."""
+    """Whole numbers at QUANTILES, such as occur; zeros where there is nothing to count."""
     if not lengths.size:
         return (0,) * len(QUANTILES)
     return tuple(int(value) for value in np.quantile(lengths, QUANTILES, method="higher"))

@@ -21,7 +21,7 @@ class DataSource:
     """One data set and how to read it.
 
     path: a file (.jsonl .json .csv, each also .gz, or .parquet), a folder of such files or one made by `save_to_disk`,
-    a Hub name, `sample:NAME` (`data/samples/NAME.jsonl`), or `spec:NAME` (`data/NAME.yaml`, by way of
+    a Hub name, `sample:NAME` (a file in `data/samples`), or `spec:NAME` (`data/NAME.yaml`, by way of
     `parse_sources`).
     split: of a folder or a Hub name, `train` when None. config, revision: of a Hub name.
     weight: share of the rows in a mix; None in all sources of a list means all rows of all of them.
