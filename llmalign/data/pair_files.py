@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +29,14 @@ from llmalign.data.rows import KINDS
 from llmalign.data.specs import DataSource, check_keys
 from llmalign.errors import UserError
 
-GROUPS, COMPARISONS = FORMS = ("groups", "comparisons")
+GROUPS, COMPARISONS, IMAGES = FORMS = ("groups", "comparisons", "images")
 LOADED_AS = {GROUPS: "scored_groups", COMPARISONS: "comparisons"}
-TOLD_BY = {GROUPS: ("completions", "rewards"), COMPARISONS: ("output_1", "output_2", "preference")}
+IMAGE_COLUMNS = ("prompt", "caption", "text", "images", "rewards")
+TOLD_BY = {
+    GROUPS: ("completions", "rewards"),
+    COMPARISONS: ("output_1", "output_2", "preference"),
+    IMAGES: ("images",),
+}
 SUFFIXES = (".jsonl", ".jsonl.gz")
 NEARLY = ("below_margin", "ties", "identical", "unjudged")
 WAYS_OUT = {
@@ -57,7 +62,7 @@ class PairOptions:
 
 @dataclass
 class PairReport:
-    """What was read and written. `longer`: pairs whose chosen answer has more characters; `margins`: their sum."""
+    """What was read and written. `longer`: text pairs whose chosen answer has more characters; `margins`: their sum."""
 
     form: str
     rows: int = 0
@@ -82,11 +87,14 @@ def write_pairs(
     AlpacaEval's annotations); None tells by the columns. A row of the result has prompt, chosen, rejected, margin, the
     source's row_id, and chosen_reward and rejected_reward, or the judge's preference as it was. Answers without words
     are left out, since training refuses them. Raises UserError for whatever cannot be read, followed or written, and
-    where no row gives a pair. Not covered: rows that are repeated in the source; their pairs are, too.
+    where no row gives a pair. Not covered: rows that are repeated in the source; their pairs are, too; images, which
+    `image_pairs.write_image_pairs` makes pairs of.
     """
     options = options or PairOptions()
-    _check_out(source, out, overwrite)
+    check_out(source, out, overwrite, SUFFIXES)
     form = form or form_of(source)
+    if form == IMAGES:
+        raise UserError(f"{source.path} has images; `write_image_pairs` makes pairs of them.")
     _check(form, options)
     rows = load(source, kind=LOADED_AS[form])
     report = PairReport(form)
@@ -96,15 +104,15 @@ def write_pairs(
         selections.append(selection.pairs)
         _count(report, row, selection)
     if not report.pairs:
-        raise _no_pair(source, report)
+        raise no_pair(source, report)
     _write(out, _records(form, rows, selections))
     return report
 
 
 def form_of(source: DataSource) -> str:
-    """`groups` or `comparisons`, by the columns of the first row. Raises UserError where it is neither or both."""
+    """The one of FORMS that the columns of the first row tell. Raises UserError where it is none or several."""
     columns = source.columns or {}
-    check_keys(columns, [name for form in FORMS for name in KINDS[LOADED_AS[form]]], "`columns`")
+    check_keys(columns, [*(name for kind in LOADED_AS.values() for name in KINDS[kind]), *IMAGE_COLUMNS], "`columns`")
     shard = open_shards(source, streaming=False)[0]
     number, first = next(shard.rows())
     known = {*(name for name in first if name not in columns), *(name for name in columns if columns[name] is not None)}
@@ -113,12 +121,12 @@ def form_of(source: DataSource) -> str:
         return forms[0]
     place = f"{shard.name}, {shard.unit} {number}"
     if forms:
-        raise UserError(f"{place} has scored completions and a judged comparison as well; say which with --kind.")
+        raise UserError(f"{place} has the columns of {' and of '.join(forms)}; say which with --kind.")
     if known.issuperset(("chosen", "rejected")):
         raise UserError(f"{place} is a preference pair already, with 'chosen' and 'rejected': train on it as it is.")
     raise UserError(
-        f"{place} has neither 'completions' and 'rewards' nor 'output_1', 'output_2' and 'preference'; it has: "
-        f"{', '.join(first)}; say with --columns what stands for them."
+        f"{place} has neither 'completions' and 'rewards' nor 'output_1', 'output_2' and 'preference' nor 'images'; it "
+        f"has: {', '.join(first)}; say with --columns what stands for them."
     )
 
 
@@ -198,17 +206,25 @@ def _length(content: Content) -> int:
     return len(content) if isinstance(content, str) else sum(len(message["content"]) for message in content)
 
 
-def _no_pair(source: DataSource, report: PairReport) -> UserError:
+def no_pair(source: DataSource, report: PairReport, ways_out: Mapping[str, str] = WAYS_OUT) -> UserError:
+    """What to say where no row gave a pair: every reason with its count, and the way out of the nearest to a pair."""
     counts = report.dropped.most_common()
-    listed = "; ".join(f"{REASONS[reason]}: {count:,}" for reason, count in counts)
+    listed = "; ".join(f"{worded(REASONS[reason], report.form)}: {count:,}" for reason, count in counts)
     # A row that came as far as a pair needs less to give one than a row without two answers.
     nearest = next((reason for reason, _ in counts if reason in NEARLY), counts[0][0])
-    return UserError(f"{source.path} gives no pair (rows: {report.rows:,}; {listed}): {WAYS_OUT[nearest]}.")
+    way_out = worded(ways_out[nearest], report.form)
+    return UserError(f"{source.path} gives no pair (rows: {report.rows:,}; {listed}): {way_out}.")
 
 
-def _check_out(source: DataSource, out: Path, overwrite: bool) -> None:
-    if not out.name.endswith(SUFFIXES):
-        raise UserError(f"Pairs are written as JSON lines, so --out must end in {' or '.join(SUFFIXES)}, got {out}.")
+def worded(text: str, form: str) -> str:
+    """What is said of answers, said of what rows of this form hold."""
+    return text.replace("answer", "image") if form == IMAGES else text
+
+
+def check_out(source: DataSource, out: Path, overwrite: bool, suffixes: tuple[str, ...]) -> None:
+    """Raise UserError where `out` cannot be written without harm, or does not end as it should."""
+    if not out.name.endswith(suffixes):
+        raise UserError(f"--out must end in {' or '.join(suffixes)} for these pairs, got {out}.")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file in it.")
     if out.exists() and Path(source.path).exists() and out.samefile(source.path):
@@ -218,13 +234,22 @@ def _check_out(source: DataSource, out: Path, overwrite: bool) -> None:
 
 
 def _write(out: Path, records: Iterable[dict[str, Any]]) -> None:
+    with written_aside(out) as aside, _opened(aside, packed=out.suffix == ".gz") as handle:
+        for record in records:
+            handle.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """A file to write to, which takes the place of `out` once the block has ended well, and else is gone.
+
+    Raises UserError where writing fails.
+    """
     aside = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _opened(aside, packed=out.suffix == ".gz") as handle:
-                for record in records:
-                    handle.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            yield aside
             os.replace(aside, out)
         finally:
             aside.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 A reward function has TRL's signature, `f(prompts, completions, completion_ids, **columns) -> list[float | None]`: one
 number a completion, None where the function does not apply to it. A function may be `async`; TRL then runs all such
-functions at once.
+functions at once. One for images (`llmalign.rewards.images`) is handed `images` in place of the completions.
 
 What is imported is what the user's own recipe or command names, `package.module:function` or
 `path/to/file.py:function`, with the rights of whoever runs the training. No data set, model or Hub page can name code.
@@ -147,9 +147,11 @@ class Guarded:
         self.messages: Counter[str] = Counter()
         self._said = False
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """One reward a prompt; `columns` holds `completion_ids`, the data set's columns and what TRL passes beside."""
-        whole = {"prompts": prompts, "completions": completions, **columns}
+    def __call__(self, prompts: Sequence[Any], **columns: Any) -> list[float | None]:
+        """One reward a prompt; `columns` holds what is scored (`completions` with `completion_ids`, or `images`), the
+        data set's columns and what TRL passes beside.
+        """
+        whole = {"prompts": prompts, **columns}
         try:
             rewards = self._rewards(whole, len(prompts))
         except PASSED_ON as error:
@@ -230,10 +232,10 @@ class AsyncGuarded(Guarded):
     """The same for an async function; a coroutine, as TRL expects of one, and rows are called one after the other."""
 
     async def __call__(  # type: ignore[override]
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+        self, prompts: Sequence[Any], **columns: Any
     ) -> list[float | None]:
         """One reward a prompt."""
-        whole = {"prompts": prompts, "completions": completions, **columns}
+        whole = {"prompts": prompts, **columns}
         try:
             rewards = await self._rewards_async(whole, len(prompts))
         except PASSED_ON as error:
@@ -288,7 +290,7 @@ def _as_list(rewards: Any, count: int) -> list[Any]:
     except TypeError as error:
         raise ValueError(f"gave {_brief(rewards)} instead of a list of {count} rewards") from error
     if len(found) != count:
-        raise ValueError(f"gave {len(found)} rewards for {count} completion{'s' if count > 1 else ''}")
+        raise ValueError(f"gave {len(found)} rewards instead of {count}")
     return found
 
 

@@ -180,7 +180,7 @@ def test_a_length_that_is_wrong_for_one_row_names_it():
 
     guarded = guard(reward)
     same(call(guarded, ["a", "skip", "b"]), [1.0, math.nan, 1.0])
-    assert guarded.failed == [Failure(1, None, "gave 0 rewards for 1 completion")]
+    assert guarded.failed == [Failure(1, None, "gave 0 rewards instead of 1")]
 
 
 @pytest.mark.parametrize(
