@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmalign import __version__
-from llmalign.cli import data, iterate, pairs, quickstart, rewards, training
+from llmalign.cli import data, iterate, pairs, quickstart, rewards, sampling, training
 from llmalign.cli.common import USAGE_ERROR, is_main_process
 from llmalign.errors import UserError
 
-FAMILIES = (training, iterate, data, pairs, rewards, quickstart)  # in the order in which --help lists them
+FAMILIES = (training, iterate, data, pairs, rewards, sampling, quickstart)  # in the order in which --help lists them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run_launched(options, rest) if "RANK" in os.environ else _run(options, rest)
     except KeyboardInterrupt:
         if is_main_process():
-            again = "--resume auto" if options.command == "train" else "the same command"
+            again = {"train": "--resume auto", "sample": "--overwrite"}.get(options.command, "the same command")
             print(f"llmalign: stopped; go on with {again}.", file=sys.stderr)
         return 130
 
@@ -71,5 +71,7 @@ def _set_up_logging() -> None:
     logging.getLogger("llmalign").setLevel(level)
     # The doctor counts long rows itself, and says what happens to them.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    # Of a LoRA file without weights for the text encoders, as every one is here.
+    logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)
     # Deprecations inside the libraries: nothing that a user of the command line could act on.
     warnings.simplefilter("ignore", FutureWarning)
