@@ -1,12 +1,8 @@
 """The model that `embedded:tiny` stands for: the embedded world's Llama after a short lesson in its sentences."""
 
-import hashlib
 import logging
 import math
-import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmalign.assets import cache_folder
+from llmalign import assets
 from llmalign.embedded.model import build_model, build_tokenizer
 from llmalign.embedded.rows import Row, sft_rows
 
@@ -122,33 +118,17 @@ def build_tiny(
 
 def content_key() -> str:
     """Sixteen hex digits that change with this package's source and with the libraries that shape the model's bytes."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    for library in (torch, transformers, tokenizers):
-        digest.update(f"{library.__name__} {library.__version__}\n".encode())
-    return digest.hexdigest()[:16]
+    return assets.content_key(Path(__file__).parent.glob("*.py"), torch, transformers, tokenizers)
 
 
 def ensure_tiny(*, train: bool = True, progress: Progress | None = None) -> Path:
     """The folder of `embedded:tiny`, built on first use into the user's cache and found there afterwards.
 
-    The build happens aside and is renamed into place, so a reader never sees half a model; of several processes that
-    build at once the first one wins and the others take its copy.
+    Several processes may ask for it at once, see `assets.ensure_folder`.
     """
-    target = cache_folder() / f"tiny-{'taught' if train else 'fresh'}-{content_key()}"
-    if target.is_dir():
-        return target
-    logger.info("Building the embedded model in %s (once, about ten seconds).", target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        build_tiny(aside, train=train, progress=progress)
-        os.replace(aside, target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        logger.info("Another process built %s first; its copy is used.", target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return target
+    return assets.ensure_folder(
+        f"tiny-{'taught' if train else 'fresh'}-{content_key()}",
+        lambda folder: build_tiny(folder, train=train, progress=progress),
+        "the embedded model",
+        "about ten seconds",
+    )

@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ from llmalign.diffusion.tiny import build_tiny
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_garbage() -> Iterator[None]:
-    """Every training collects garbage: what libraries and earlier tests made, most of all objects, is left out of that."""
-    import_module("llmalign.diffusion.trainer")
+    """Every training collects garbage: what libraries and earlier tests made, most of it, is left out of that."""
     gc.collect()
     gc.freeze()
     yield
