@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -42,8 +42,9 @@ def weights_digest(
     """
     state = model.state_dict(keep_vars=True)
     config: Any = model.config
+    values = config if isinstance(config, Mapping) else config.to_dict()  # diffusers' configs are mappings
     said: dict[str, Any] = {
-        "config": {k: v for k, v in config.to_dict().items() if k not in SILENT_KEYS and not k.startswith("_")}
+        "config": {k: v for k, v in values.items() if k not in SILENT_KEYS and not k.startswith("_")}
     }
     if adapter is not None:
         settings: Any = model.peft_config

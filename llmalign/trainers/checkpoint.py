@@ -28,18 +28,12 @@ ASIDE = "_incomplete"
 RUN_FILE = "run.json"
 WAY_OUT = "resume from another checkpoint, or start again in a new output_dir"
 
-# What holds weights, and what holds an optimizer: one process or DDP, FSDP (one file or sharded), DeepSpeed.
+# What holds weights, and what holds an optimizer: one process or DDP, FSDP (one file or sharded), DeepSpeed; diffusers.
 WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "*/adapter_model.safetensors",
-    "pytorch_model_fsdp*",
-    "global_step*",
-)
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "adapter_model.safetensors", "adapter_model.bin", "*/adapter_model.safetensors", "pytorch_model_fsdp*",
+    "global_step*", "pytorch_lora_weights.safetensors", "*/diffusion_pytorch_model*.safetensors",
+)  # fmt: skip
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0*", "global_step*")
 
 # Recipe keys that may change between the start of a run and its resumption: none of them reaches the weights.
@@ -254,7 +248,8 @@ def compare_recipes(run_file: Path, fingerprint: Mapping[str, Any], harmless: fr
 
 def _traces(folder: Path) -> list[str]:
     """Names in `folder` that only a run leaves there, checkpoints first."""
-    patterns = (f"{PREFIX_CHECKPOINT_DIR}-*", "model*.safetensors", "adapter_model.*", "pytorch_model*.bin", ASIDE)
+    weights = ("model*.safetensors", "adapter_model.*", "pytorch_model*.bin", "pytorch_lora_weights.*")
+    patterns = (f"{PREFIX_CHECKPOINT_DIR}-*", *weights, "model_index.json", ASIDE)
     found = [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
     return found + [RUN_FILE] * (folder / RUN_FILE).exists()
 
@@ -326,7 +321,7 @@ def _missing(folder: Path, world_size: int) -> str | None:
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"{TRAINER_STATE_NAME}, which is written last, is missing"
     if not _has(folder, *WEIGHTS):
-        return "the weights (model.safetensors or adapter_model.safetensors) are missing"
+        return "the weights (model.safetensors, adapter_model.safetensors or a pipeline's) are missing"
     if not _has(folder, *OPTIMIZERS, "scheduler.pt", "rng_state*.pth"):
         return "it holds weights alone (save_only_model), without optimizer, scheduler and random state"
     if not _has(folder, *OPTIMIZERS):
@@ -355,12 +350,12 @@ def _broken(folder: Path) -> str | None:
         whole = False
     if not whole:
         return f"{TRAINER_STATE_NAME} is cut off or damaged"
-    for index in sorted(folder.glob("*.index.json")):
+    for index in sorted(folder.rglob("*.index.json")):
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError):
             return f"{index.name} is cut off or damaged"
-        lost = sorted(shard for shard in shards if not (folder / shard).is_file())
+        lost = sorted(shard for shard in shards if not (index.parent / shard).is_file())
         if lost:
             return f"the weights {lost[0]}, named by {index.name}, are missing"
     for path in sorted(folder.rglob("*.safetensors")):

@@ -76,6 +76,8 @@ class PairTrainerMixin:
     loss_is_scaled_for_ga = True
     #: why the first batch may differ from the model that training starts from; None: it must not
     start_may_differ: str | None = None
+    #: what scores are counted in, after a number
+    score_unit = " nats"
     #: metrics in which NaN says that a row has no value
     optional_metrics = frozenset({"rewards/accuracies_length_matched"})
 
@@ -218,7 +220,8 @@ class PairTrainerMixin:
         step = self.state.global_step  # type: ignore[attr-defined]
         excuse = f"resumed at step {step}" if step > 0 else self.start_may_differ
         if excuse is not None:
-            logger.info("Start check: the policy is %.2e nats from the model it is compared with (%s).", gap, excuse)
+            words = "Start check: the policy is %.2e%s from the model it is compared with (%s)."
+            logger.info(words, gap, self.score_unit, excuse)
             return
         exact = accelerator.mixed_precision == "no" and next(model.parameters()).dtype == torch.float32
         own = [_largest(scores), 0.0 if exact else self.split_gap(model, inputs)]
@@ -227,12 +230,13 @@ class PairTrainerMixin:
         limit = max(rounded_limit(START_TOLERANCE, largest), 2 * noise)
         if not gap <= limit:
             raise UserError(
-                f"On the first batch the policy scores a response {gap:.3g} nats away from the model it started from "
-                f"(limit {limit:.3g}), so the loss would not start where the method says: the reference is another "
-                "model, an adapter does not start at zero, or dropout is on; name another reference explicitly "
-                "(ref_model_name_or_path) if it is meant."
+                f"On the first batch the policy scores a response {gap:.3g}{self.score_unit} away from the model it "
+                f"started from (limit {limit:.3g}), so the loss would not start where the method says: the reference "
+                "is another model, an adapter does not start at zero, or dropout is on; name another reference "
+                "explicitly (ref_model_name_or_path) if it is meant."
             )
-        logger.info("Start check passed: policy and start differ by %.2e nats (limit %.2e).", gap, limit)
+        words = "Start check passed: policy and start differ by %.2e%s (limit %.2e)."
+        logger.info(words, gap, self.score_unit, limit)
 
 
 def _largest(scores: PairScores | GroupScores) -> float:

@@ -43,7 +43,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
         ("scheduler.pt", "the scheduler state (scheduler.pt) is missing"),
         ("rng_state.pth", "the random state (rng_state.pth) is missing"),
         ("trainer_state.json", "trainer_state.json, which is written last, is missing"),
-        ("model.safetensors", "the weights (model.safetensors or adapter_model.safetensors) are missing"),
+        ("model.safetensors", "the weights (model.safetensors, adapter_model.safetensors or a pipeline's) are missing"),
     ],
 )
 def test_a_missing_file_is_an_error_that_names_it(name: str, said: str, run: Path) -> None:
