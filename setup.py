@@ -7,7 +7,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ASSET_FOLDERS = ("trainers", "data", "accelerate_configs")
-ASSET_SUFFIXES = {".yaml", ".md", ".jsonl"}
+ASSET_SUFFIXES = {".yaml", ".md", ".jsonl", ".parquet"}
 ROOT = Path(__file__).resolve().parent
 
 

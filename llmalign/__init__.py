@@ -7,6 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmalign.diffusion.online import D3POConfig, D3POTrainer, PSOConfig, PSOTrainer
+    from llmalign.diffusion.pso import PSOOfflineConfig, PSOOfflineTrainer
+    from llmalign.diffusion.seppo import SePPOConfig, SePPOTrainer
+    from llmalign.diffusion.trainer import DiffusionPreferenceConfig, DiffusionPreferenceTrainer
     from llmalign.trainers import (
         CoPGConfig,
         CoPGTrainer,
@@ -41,8 +45,12 @@ __version__ = "0.1.0"
 __all__ = [
     "CoPGConfig",
     "CoPGTrainer",
+    "D3POConfig",
+    "D3POTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "DiffusionPreferenceConfig",
+    "DiffusionPreferenceTrainer",
     "FDPGConfig",
     "FDPGTrainer",
     "INPOConfig",
@@ -53,6 +61,10 @@ __all__ = [
     "OnlineCoPGTrainer",
     "PFPPOConfig",
     "PFPPOTrainer",
+    "PSOConfig",
+    "PSOOfflineConfig",
+    "PSOOfflineTrainer",
+    "PSOTrainer",
     "PairConfig",
     "PairTrainer",
     "PreferenceModelConfig",
@@ -65,10 +77,24 @@ __all__ = [
     "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "SePPOConfig",
+    "SePPOTrainer",
 ]
+
+
+# Where what begins so lies: image models need diffusers, an extra, which nothing else here imports.
+_OF_IMAGES = {
+    "DiffusionPreference": "trainer",
+    "D3PO": "online",
+    "PSO": "online",
+    "PSOOffline": "pso",
+    "SePPO": "seppo",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'llmalign' has no attribute {name!r}")
-    return getattr(import_module("llmalign.trainers"), name)
+    method = name.removesuffix("Trainer").removesuffix("Config")
+    home = f"llmalign.diffusion.{_OF_IMAGES[method]}" if method in _OF_IMAGES else "llmalign.trainers"
+    return getattr(import_module(home), name)

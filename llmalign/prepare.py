@@ -5,6 +5,7 @@ import json
 import logging
 import random
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from transformers import GenerationConfig
 
 from llmalign.data.doctor import Limits, Report, drop_overlong, examine, refuse
 from llmalign.data.formats import DataSource, load
+from llmalign.data.report import RowReport
 from llmalign.data.text import tokenize_text
 from llmalign.errors import UserError
 from llmalign.recipe import Recipe
@@ -40,7 +42,7 @@ class Data:
 
     train: AnyDataset
     evaluation: AnyDataset | dict[str, AnyDataset] | None
-    reports: dict[str, Report]
+    reports: Mapping[str, RowReport]
 
     def train_digest(self) -> str | None:
         """SHA-256 of the training rows as they go to the trainer, in their order; None for a stream."""
@@ -95,7 +97,7 @@ def hold_out(rows: AnyDataset, count: int, seed: int) -> tuple[Dataset, Dataset]
     if not isinstance(rows, Dataset):
         raise UserError("`holdout_rows` cannot split a stream: name an evaluation set, or set it to 0.")
     wanted = max(1, min(count, int(LARGEST_HOLDOUT * len(rows))))
-    column = next(name for name in ("prompt", "messages", "text") if name in rows.column_names)
+    column = next(name for name in ("prompt", "messages", "text", "caption") if name in rows.column_names)
     keys = [json.dumps(value) for value in rows[column]]
     sizes = Counter(keys)
     order = sorted(sizes)
@@ -152,6 +154,7 @@ def _load(recipe: Recipe, config: Any, name: str, sources: list[DataSource]) -> 
 
 def _limits(recipe: Recipe) -> Limits:
     """With `overlong: drop` nothing is cut, so no limit on cut or dropped rows applies."""
+    assert isinstance(recipe.limits, Limits)  # a method of text
     return replace(recipe.limits, truncated=1.0, dropped=1.0) if recipe.data.overlong == "drop" else recipe.limits
 
 

@@ -15,8 +15,10 @@ import yaml
 from llmalign import assets
 from llmalign.data.doctor import Limits
 from llmalign.data.formats import DataSource, parse_sources
+from llmalign.data.image_doctor import ImageLimits
+from llmalign.data.report import Shares
 from llmalign.errors import UserError
-from llmalign.trainers import METHODS, Method
+from llmalign.methods import METHODS, Method
 from llmalign.trainers.loading import ModelConfig
 from llmalign.values import convert, parse_text
 
@@ -101,7 +103,7 @@ class Recipe:
     path: str
     method: Method
     data: DataSection
-    limits: Limits
+    limits: Shares
     model: dict[str, Any] = field(default_factory=dict)  # the fields of ModelConfig that are set
     config: dict[str, Any] = field(default_factory=dict)  # the fields of the method's config that are set
     overridden: frozenset[str] = frozenset()  # the keys that the command line gave
@@ -159,7 +161,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, loop: type |
     )
     sections: dict[str, dict[str, Any]] = {
         "data": get_type_hints(DataSection),
-        "limits": _limit_hints(),
+        "limits": _limit_hints(limits_of(method)),
         "model": _init_hints(ModelConfig),
         "config": _init_hints(method.config),
         "loop": {} if loop is None else _init_hints(loop),
@@ -185,7 +187,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, loop: type |
         path=str(path),
         method=method,
         data=DataSection(**values["data"]),
-        limits=_limits(values["limits"]),
+        limits=_limits(limits_of(method), values["limits"]),
         model=values["model"],
         config={"output_dir": f"runs/{method.name}", **values["config"]},
         overridden=overridden,
@@ -270,32 +272,37 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return max(known, key=likeness)
 
 
-def doctor_options(data: str, arguments: Sequence[str]) -> tuple[DataSource, Limits]:
+def doctor_options(data: str, arguments: Sequence[str], limits: type[Shares] = Limits) -> tuple[DataSource, Any]:
     """A data set and limits from a command line: any key of a source (`--split test`) and any `--max_...` limit.
 
     Raises UserError for an unknown key, naming the nearest.
     """
     source_hints = {key: hint for key, hint in get_type_hints(DataSource).items() if key not in ("path", "weight")}
-    sections = {"source": source_hints, "limits": _limit_hints()}
+    sections = {"source": source_hints, "limits": _limit_hints(limits)}
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for key, text in parse_overrides(arguments).items():
         section = _section_of(key, sections, "the command line")
         values[section][key] = parse_text(key, text, sections[section][key])
     (source,) = parse_sources({"path": data, **values["source"]})
-    return source, _limits(values["limits"])
+    return source, _limits(limits, values["limits"])
+
+
+def limits_of(method: Method) -> type[Shares]:
+    """What the doctor allows in the rows that a method reads."""
+    return ImageLimits if method.of_images else Limits
 
 
 def limit_keys() -> list[str]:
     """The recipe keys of the doctor's limits."""
-    return list(_limit_hints())
+    return [*_limit_hints(Limits), *_limit_hints(ImageLimits)]
 
 
-def _limit_hints() -> dict[str, Any]:
-    return {f"max_{name}": hint for name, hint in get_type_hints(Limits).items()}
+def _limit_hints(limits: type[Shares]) -> dict[str, Any]:
+    return {f"max_{name}": hint for name, hint in get_type_hints(limits).items()}
 
 
-def _limits(values: dict[str, float]) -> Limits:
-    return Limits(**{key.removeprefix("max_"): value for key, value in values.items()})
+def _limits(limits: type[Shares], values: dict[str, float]) -> Shares:
+    return limits(**{key.removeprefix("max_"): value for key, value in values.items()})
 
 
 def _without_its_data(given: dict[str, Any]) -> dict[str, Any]:

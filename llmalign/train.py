@@ -11,12 +11,12 @@ from typing import Any
 
 from datasets import Dataset
 from rich.table import Table
-from transformers import set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
 from llmalign.embedded import ensure_tiny
 from llmalign.errors import UserError
 from llmalign.evaluation.winrate import wilson
+from llmalign.image_work import image_work
 from llmalign.prepare import Data, end_ids, prepare
 from llmalign.recipe import Recipe, limit_keys
 from llmalign.rewards.functions import guard, load_function
@@ -24,6 +24,7 @@ from llmalign.rewards.model import load_reward_model
 from llmalign.trainers.checkpoint import HARMLESS_KEYS, RUN_FILE, guard_output_dir, record_run, resolve_resume
 from llmalign.trainers.loading import check_model_options, choose_dtype, load_tokenizer, model_arguments
 from llmalign.trainers.references import References
+from llmalign.work import Work, built
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second")
 SHOWN = (
     "loss", "accuracies", "accuracies_clean", "accuracies_length_matched", "longer_wins", "margins", "accuracy",
     "drift/chosen", "residual", "reward", "kl_to_reference", "entropy", "js", "kl_p_pi", "satisfied", "target_reward",
-    "kl_to_sampler", "kept", "critic/explained_variance",
+    "kl_to_sampler", "kept", "critic/explained_variance", "error/chosen", "error/rejected",
 )  # fmt: skip
 SHARES = ("accuracies", "accuracies_clean", "accuracies_length_matched", "longer_wins")
 MORE_PANELS = (
@@ -68,21 +69,18 @@ def run(
     config = recipe.training_config()
     refuse_endless(recipe, config)
     options = recipe.model_config()
-    check_model_options(options)
+    if not recipe.method.of_images:  # which know none of those options, and say so
+        check_model_options(options)
     options = choose_dtype(options, chosen="dtype" in recipe.model, bf16=config.bf16)
     fingerprint = what_decides_the_result(recipe, config, options)
     harmless = HARMLESS_KEYS.union(limit_keys())
     guard_output_dir(config.output_dir, resume, fingerprint, harmless | {TRAIN_ROWS})
     checkpoint = resolve_resume(resume, config.output_dir)
-    with config.main_process_first(desc="looking for the model"):
-        path = model_path(str(options.model_name_or_path))
-    tokenizer = load_tokenizer(path, revision=options.model_revision, trust_remote_code=config.trust_remote_code)
-    if recipe.config.get("eos_token"):
-        tokenizer.eos_token = config.eos_token
-    if rows is None:
-        data = prepare(recipe, tokenizer, config, end_ids(tokenizer, path, options.model_revision))
+    if recipe.method.of_images:
+        work = image_work(recipe, config, options)
     else:
-        data = Data(train=rows, evaluation=None, reports={})
+        work = text_work(recipe, config, options, rows)
+    data = work.data
     fingerprint[TRAIN_ROWS] = data.train_digest()
     guard_output_dir(config.output_dir, resume, fingerprint, harmless)
     finished = Path(config.output_dir) / METRICS_FILE
@@ -91,10 +89,10 @@ def run(
         return json.loads(finished.read_text(encoding="utf-8"))
     if rows is None:
         _plan_evaluation(config, data, checkpoint)
-    trainer = build(recipe, config, replace(options, model_name_or_path=path), tokenizer, data)
+    trainer = work.build()
+    _say_what_runs(recipe, trainer)
     if starts_equal:
         trainer.start_may_differ = None
-    _say_what_runs(recipe, trainer)
     record_run(config.output_dir, fingerprint)
     trained = _train(trainer, checkpoint)
     if data.evaluation is not None and not _measured_at_the_end(trainer):
@@ -106,8 +104,10 @@ def run(
         "train": trained.metrics,
         **_result(recipe, config, trainer, data),
     }
+    if work.next is not None:
+        result["next"] = work.next
     if trainer.is_world_process_zero():
-        _draw(trainer.state.log_history, data.evaluation, Path(config.output_dir) / CURVES_FILE, recipe.method.name)
+        _draw(recipe, trainer.state.log_history, data.evaluation, Path(config.output_dir) / CURVES_FILE)
         _write_json(Path(config.output_dir) / METRICS_FILE, result)  # last: where it is, the run is finished
     return result
 
@@ -171,6 +171,8 @@ def summary(result: dict[str, Any]) -> Table:
     for key in result["after"]:
         if key.endswith(SHOWN) or "moment/" in key:
             table.add_row(key, *(_with_interval(result[when], key) for when in ("before", "after")))
+    if not table.row_count:
+        table.add_row("nothing: there is no evaluation set", "", "")
     table.caption = f"{result['output_dir']}: the model, {METRICS_FILE}, {CURVES_FILE}"
     return table
 
@@ -183,10 +185,11 @@ def _with_interval(measured: dict[str, Any], key: str) -> str:
     if value is None:
         return "none"
     prefix = re.split("rewards/|length/|logps/", key)[0]  # the evaluation set's name
-    rows, matched = measured.get(f"{prefix}rows"), measured.get(f"{prefix}length/matched")
+    rows = measured.get(f"{prefix}rows")
+    matched = measured.get(f"{prefix}length/matched") if key.endswith("length_matched") else 1.0
     if not key.endswith(SHARES) or rows is None or matched is None:
         return f"{value:.4g}"
-    low, high = wilson(value, round(rows * matched) if key.endswith("length_matched") else round(rows))
+    low, high = wilson(value, round(rows * matched))
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -207,29 +210,30 @@ def _plan_evaluation(config: Any, data: Data, checkpoint: str | None) -> None:
     config.eval_strategy = type(config.eval_strategy)("no")
 
 
+def text_work(recipe: Recipe, config: Any, options: Any, rows: Dataset | None = None) -> Work:
+    """Rows of text, tokenized, and how their trainer is built; `rows` as in `run`."""
+    with config.main_process_first(desc="looking for the model"):
+        path = model_path(str(options.model_name_or_path))
+    tokenizer = load_tokenizer(path, revision=options.model_revision, trust_remote_code=config.trust_remote_code)
+    if recipe.config.get("eos_token"):
+        tokenizer.eos_token = config.eos_token
+    if rows is None:
+        data = prepare(recipe, tokenizer, config, end_ids(tokenizer, path, options.model_revision))
+    else:
+        data = Data(train=rows, evaluation=None, reports={})
+
+    return Work(data, lambda: build(recipe, config, replace(options, model_name_or_path=path), tokenizer, data))
+
+
 def build(recipe: Recipe, config: Any, options: Any, tokenizer: Any, data: Data) -> Any:
     """The trainer with its model loaded; what its parts refuse is said in their own words."""
     model, keywords, init = model_arguments(
         options, trust_remote_code=config.trust_remote_code, scorer=recipe.method.name in ("reward", "preference")
     )
     config.model_init_kwargs = {**(config.model_init_kwargs or {}), **init}
-    set_seed(config.seed)  # new adapters and heads are drawn while the trainer is built
     if recipe.method.kind == "prompts":
         keywords["reward_funcs"] = reward_functions(recipe, config)
-    try:
-        return recipe.method.trainer(
-            model=model,
-            args=config,
-            train_dataset=data.train,
-            eval_dataset=data.evaluation,
-            processing_class=tokenizer,
-            **keywords,
-        )
-    except UserError:
-        raise
-    except (ValueError, ImportError, OSError) as error:
-        logger.debug("The trainer could not be built.", exc_info=True)
-        raise UserError(recipe.blame(error)) from error
+    return built(recipe, config, data, model=model, processing_class=tokenizer, **keywords)
 
 
 def reward_functions(recipe: Recipe, config: Any) -> list[Any]:
@@ -255,24 +259,28 @@ def _references(trainer: Any) -> dict[str, Any]:
 def _say_what_runs(recipe: Recipe, trainer: Any) -> None:
     args = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
+    attention = ""  # that of image networks is torch's own
+    if not recipe.method.of_images:
+        attention = f", attention {model.config._attn_implementation.removeprefix('shared_prompt_')}"
     trainable = get_model_param_count(model, trainable_only=True)  # under ZeRO-3 of all shards
     logger.info(
-        "%s: %s; %d process%s, batch %d a step; weights in %s, attention %s, %s parameters trained.",
+        "%s: %s; %d process%s, batch %d a step; weights in %s%s, %s parameters trained.",
         recipe.method.name,
         args.choices,
         args.world_size,
         "" if args.world_size == 1 else "es",
         args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         str(model.dtype).removeprefix("torch."),
-        model.config._attn_implementation.removeprefix("shared_prompt_"),
+        attention,
         f"{trainable:,}",
     )
 
 
-def _draw(history: list[dict[str, Any]], evaluation: Any, path: Path, title: str) -> None:
+def _draw(recipe: Recipe, history: list[dict[str, Any]], evaluation: Any, path: Path) -> None:
     """One picture; each named evaluation set is a line of its own."""
-    from llmalign.evaluation.plots import PANELS, Panel, plot_training  # matplotlib is slow to import
+    from llmalign.evaluation.plots import IMAGE_PANELS, PANELS, Panel, plot_training  # matplotlib is slow to import
 
+    title = recipe.method.name
     names = list(evaluation) if isinstance(evaluation, dict) else [title]
     runs = {
         name: [{key.replace(f"eval_{name}_", "eval_"): value for key, value in entry.items()} for entry in history]
@@ -285,7 +293,7 @@ def _draw(history: list[dict[str, Any]], evaluation: Any, path: Path, title: str
         for key, value in entry.items()
         if value is not None
     }
-    panels = (*PANELS, *(Panel(*panel) for panel in MORE_PANELS))
+    panels = IMAGE_PANELS if recipe.method.of_images else (*PANELS, *(Panel(*panel) for panel in MORE_PANELS))
     chosen = [panel for panel in panels if panel.metric in logged]
     if chosen:
         plot_training(runs, path, title=title, panels=chosen)

@@ -55,7 +55,7 @@ def _run_launched(options: argparse.Namespace, rest: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar; `train` takes any further --key value as an override of its recipe."""
-    parser = argparse.ArgumentParser(prog="llmalign", description="Align language models with preferences.")
+    parser = argparse.ArgumentParser(prog="llmalign", description="Align language and image models with preferences.")
     parser.add_argument("--version", action="version", version=f"llmalign {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}

@@ -127,7 +127,8 @@ def _after(report: Any, out: Path) -> list[str]:
 
     name = shlex.quote(str(out))
     if report.form == IMAGES:
-        return [f"Pairs written to {name}. Next:", f"  llmalign doctor {name} --kind image_pairs"]
+        trained = f"  llmalign train trainers/diffusion_dpo/lora.yaml --model_name_or_path MODEL --dataset_name {name}"
+        return [f"Pairs written to {name}. Next:", f"  llmalign doctor {name} --kind image_pairs", trained]
     after = [f"Pairs written to {name}. Next:", f"  llmalign doctor {name} --model MODEL"]
     after.append(f"  llmalign train trainers/rpo/lora.yaml --model_name_or_path MODEL --dataset_name {name}")
     longer = report.longer / report.pairs

@@ -7,9 +7,10 @@ from llmalign.cli.common import SOMETHING_WRONG, console, is_main_process
 
 TRAIN_HELP = """\
 RECIPE is a YAML file, or one that is shipped, such as trainers/rpo/recipe.yaml. It names `method` (rpo, rdpo, inpo,
-copg, pair, dpo, sft, reward, preference; sampling as they go: copg_online, fdpg, pf_ppo, mdpo), `model_name_or_path`
-(a folder, a Hub name or embedded:tiny), `dataset_name` (a file, a folder, a Hub name or sample:pairs), and any field
-of the method's config. Every key can be given as --key value.
+copg, pair, dpo, sft, reward, preference; sampling as they go: copg_online, fdpg, pf_ppo, mdpo; of images:
+diffusion_dpo, seppo, pso_offline; drawing as they go: d3po, pso), `model_name_or_path` (a folder, a Hub name or
+embedded:tiny), `dataset_name` (a file, a folder, a Hub name or sample:pairs), and any field of the method's config.
+Every key can be given as --key value.
 A method's own keys are in trainers/<method>/README.md; the others are TRL's ModelConfig and transformers'
 TrainingArguments. Data keys: columns, where, max_rows, streaming, eval_datasets, dataset_test_split, overlong and the
 doctor's limits (max_truncated, max_identical, ...).
@@ -17,6 +18,7 @@ doctor's limits (max_truncated, max_identical, ...).
   llmalign train trainers/rpo/smoke.yaml
   llmalign train trainers/rpo/lora.yaml --model_name_or_path ./my-model --dataset_name pairs.jsonl
   llmalign train trainers/rpo/lora.yaml --resume auto
+  llmalign train trainers/diffusion_dpo/lora.yaml --model_name_or_path ./pipeline --dataset_name pairs.parquet
 """
 SWEEP_HELP = """\
 RECIPE as for train; what is swept comes right after it, as key=value1,value2, any number of keys; then any --key value
@@ -71,7 +73,10 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
     result = run(load_recipe(options.recipe, rest), resume=options.resume)
     if is_main_process():
-        console().print(summary(result))
+        screen = console()
+        screen.print(summary(result))
+        if "next" in result:
+            screen.print(f"Next:\n  {result['next']}", highlight=False, soft_wrap=True, markup=False)
     return 0
 
 

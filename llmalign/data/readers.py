@@ -21,6 +21,7 @@ from llmalign.data.specs import SPEC_PREFIX, DataSource
 from llmalign.errors import UserError
 
 SAMPLE_PREFIX = "sample:"
+SAMPLE_SUFFIXES = (".jsonl", ".parquet")
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "eval", "dev")
@@ -118,11 +119,11 @@ def open_shards(source: DataSource, *, streaming: bool) -> list[Shard]:
 
 def _sample(name: str) -> Path:
     folder = assets.root() / "data" / "samples"
-    found = folder / f"{name}.jsonl"
-    if not found.is_file():
-        known = ", ".join(f"{SAMPLE_PREFIX}{path.stem}" for path in sorted(folder.glob("*.jsonl")))
+    shipped = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix in SAMPLE_SUFFIXES}
+    if name not in shipped:
+        known = ", ".join(f"{SAMPLE_PREFIX}{stem}" for stem in shipped)
         raise UserError(f"There is no sample {SAMPLE_PREFIX}{name}; shipped are: {known or 'none'}.")
-    return found
+    return shipped[name]
 
 
 def _checked_file(file: Path, split: str | None) -> Path:

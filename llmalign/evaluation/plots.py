@@ -33,14 +33,29 @@ PANELS = (
 )
 
 
+IMAGE_PANELS = (
+    Panel("reward", "Reward of the pictures", "as its function gives it"),
+    Panel("rewards/accuracies", "Reward accuracy", "share of pairs", 0.5),
+    Panel("rewards/margins", "Reward margin", "chosen minus rejected, beta x score", 0.0),
+    Panel("error/chosen", "Denoising error of the winners", "mean square"),
+    Panel("error/rejected", "Denoising error of the losers", "mean square"),
+    Panel("error/winner_ratio", "The winners' error over the reference's", "ratio", 1.0),
+    Panel("seppo/lagging", "Rows in which the policy lags behind", "share"),
+    Panel("ratios/clipped", "Ratios outside of the band", "share"),
+    Panel("loss", "Loss", "as the method defines it"),
+)
+AVERAGE = "_average"
+
+
 def plot_training(
     histories: Mapping[str, History], path: Path | str, *, title: str = "", panels: Sequence[Panel] = PANELS
 ) -> Path:
     """Draw one panel a metric, the runs overlaid, into a PNG, and return its path.
 
     `histories` maps a run's name to its `trainer.state.log_history`. Training values are a faint line, held-out values
-    (the metric with `eval_` before it) a strong one with dots. A metric that no run logged keeps an empty panel that
-    says so. Not covered: several named evaluation sets. Raises ValueError without runs.
+    (the metric with `eval_` before it) a strong one with dots, and where a moving average was logged (the metric with
+    `_average` behind it) it is a broken one. A metric that no run logged keeps an empty panel that says so.
+    Not covered: several named evaluation sets. Raises ValueError without runs.
     """
     if not histories:
         raise ValueError("there is no run to draw")
@@ -48,15 +63,18 @@ def plot_training(
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.3 * rows + 0.7), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(histories)}
     for axis, panel in zip(axes, panels, strict=False):
         _draw(axis, panel, histories, colours)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     handles = [Line2D([], [], color=colour, lw=2, label=name) for name, colour in colours.items()]
     handles.append(Line2D([], [], color=FAINT, lw=1.8, marker="o", ms=4, label="held out"))
     handles.append(Line2D([], [], color=FAINT, lw=1, alpha=0.6, label="training"))
+    metrics = [panel.metric + AVERAGE for panel in panels]
+    if any(metric in entry for history in histories.values() for entry in history for metric in metrics):
+        handles.append(Line2D([], [], color=FAINT, lw=1.4, ls="--", label="its moving average"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
     if title:
         figure.suptitle(title, fontsize=13, color=INK)
@@ -77,6 +95,7 @@ def _draw(axis: Axes, panel: Panel, histories: Mapping[str, History], colours: M
     for name, history in histories.items():
         steps, values = series(history, panel.metric)
         axis.plot(steps, values, color=colours[name], lw=1, alpha=0.4)
+        axis.plot(*series(history, panel.metric + AVERAGE), color=colours[name], lw=1.4, ls="--")
         held_steps, held_values = series(history, f"eval_{panel.metric}")
         axis.plot(held_steps, held_values, color=colours[name], lw=1.8, marker="o", ms=4)
         drawn = drawn or bool(values or held_values)

@@ -1,6 +1,7 @@
 """`llmalign pairs` on images: scored by a reward that the command names, or with rewards of their own."""
 
 import json
+import re
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -102,6 +103,7 @@ def test_sampled_images_become_pairs_by_brightness(run, sampled: Path) -> None:
         "mean margin": "0.814",
     }
     assert "Warning" not in said and f"llmalign doctor {out} --kind image_pairs" in said
+    assert re.search(rf"llmalign train trainers/\w+/lora.yaml --model_name_or_path MODEL --dataset_name {out}", said)
     assert main(["doctor", str(out), "--kind", "image_pairs"]) == 0
 
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from llmalign.data.formats import DataSource, load, parse_sources, read_spec
+from llmalign.data.images import PAIRS, load_image_rows
 from llmalign.data.rows import KINDS
 from llmalign.errors import UserError
 
@@ -75,6 +76,13 @@ def test_the_samples_load(name, kind):
     train = load(f"spec:{name}", kind=kind)
     test = load({"path": f"spec:{name}", "where": {"split": "test"}}, kind=kind)
     assert len(train) >= 100 and len(test) >= 40
+    assert not set(train["row_id"]) & set(test["row_id"])
+
+
+def test_the_samples_of_images_load():
+    train = load_image_rows("spec:sample_image_pairs", kind=PAIRS)
+    test = load_image_rows({"path": "spec:sample_image_pairs", "where": {"split": "test"}}, kind=PAIRS)
+    assert (len(train), len(test)) == (36, 18) and set(train["caption"]) == set(test["caption"])
     assert not set(train["row_id"]) & set(test["row_id"])
 
 

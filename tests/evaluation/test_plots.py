@@ -48,3 +48,21 @@ def test_a_metric_that_was_not_logged_says_so_instead_of_drawing(tmp_path: Path)
 def test_no_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run"):
         plot_training({}, tmp_path / "none.png")
+
+
+def test_a_place_without_a_panel_stays_white(tmp_path: Path) -> None:
+    panels = [Panel("loss", "Loss", "nats")] * 3
+    pixels = imread(plot_training({"RPO": HISTORY}, tmp_path / "three.png", panels=panels))[..., :3]
+    height, width = pixels.shape[:2]
+    fourth = pixels[height * 6 // 10 : height * 9 // 10, width * 6 // 10 : width * 95 // 100]
+    assert (fourth == 1).all()
+
+
+def test_a_moving_average_lies_over_its_values(tmp_path: Path) -> None:
+    averaged = [entry | ({"loss_average": 0.65} if "loss" in entry else {}) for entry in HISTORY]
+    panels = (Panel("loss", "Loss", "nats"),)
+    without, drawn = (
+        plot_training({"RPO": history}, tmp_path / f"{place}.png", panels=panels)
+        for place, history in enumerate((HISTORY, averaged))
+    )
+    assert share(drawn, COLOURS[0]) > share(without, COLOURS[0])

@@ -26,14 +26,21 @@ MAY_IMPORT = {
     "processes": {"errors"},
     "evaluation": {"errors", "types", "losses", "scores", "data", "judges"},
     "trainers": LEAVES | LIBRARY | {"evaluation", "processes"},
-    "diffusion": LEAVES | {"losses", "data", "trainers"},
-    "recipe": LEAVES | {"assets", "values", "data", "trainers"},
+    "diffusion": LEAVES | {"assets", "losses", "data", "rewards", "trainers"},
+    "methods": LEAVES | {"diffusion", "trainers"},
+    "recipe": LEAVES | {"assets", "values", "data", "methods", "trainers"},
     "prepare": LEAVES | {"data", "recipe", "trainers"},
-    "train": LEAVES | LIBRARY | {"prepare", "recipe", "trainers", "embedded", "evaluation"},
+    "work": LEAVES | {"prepare", "recipe"},
+    "image_work": LEAVES | {"data", "diffusion", "prepare", "recipe", "rewards", "trainers", "work"},
+    "train": LEAVES | LIBRARY | {"prepare", "recipe", "trainers", "embedded", "evaluation", "image_work", "work"},
     "fill": LEAVES | {"data", "prepare", "recipe", "train", "trainers"},
     "loop": LEAVES | LIBRARY | {"evaluation", "prepare", "recipe", "train", "trainers"},
     "sweep": LEAVES | {"evaluation", "recipe", "train", "trainers"},
-    "quickstart": LEAVES | LIBRARY | {"prepare", "recipe", "train", "trainers", "embedded", "evaluation", "assets"},
+    "screen": set(),
+    "quickstart_images": LEAVES | {"rewards", "diffusion", "embedded", "evaluation", "screen"},
+    "quickstart": LEAVES
+    | LIBRARY
+    | {"prepare", "recipe", "train", "trainers", "embedded", "evaluation", "assets", "screen"},
 }
 
 

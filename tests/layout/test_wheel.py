@@ -36,7 +36,7 @@ def test_wheel_holds_every_asset(wheel_names: list[str]) -> None:
         path.relative_to(ROOT)
         for folder in ("trainers", "data", "accelerate_configs")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".yaml", ".md", ".jsonl"}
+        if path.suffix in {".yaml", ".md", ".jsonl", ".parquet"}
     ]
     assert len(shipped) > 20
     missing = [str(path) for path in shipped if f"llmalign/_assets/{path.as_posix()}" not in wheel_names]

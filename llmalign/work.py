@@ -1,0 +1,35 @@
+"""What text and images hand to a run alike: rows that are ready, and a trainer that is built when it is due."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import set_seed
+
+from llmalign.errors import UserError
+from llmalign.prepare import Data
+from llmalign.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The rows of a run, what builds its trainer and, where there is one, the command that comes after it."""
+
+    data: Data
+    build: Callable[[], Any]
+    next: str | None = None
+
+
+def built(recipe: Recipe, config: Any, data: Data, **keywords: Any) -> Any:
+    """The method's trainer; what its parts refuse is said in their own words, as a UserError."""
+    set_seed(config.seed)  # new adapters and heads are drawn while the trainer is built
+    try:
+        return recipe.method.trainer(args=config, train_dataset=data.train, eval_dataset=data.evaluation, **keywords)
+    except UserError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        logger.debug("The trainer could not be built.", exc_info=True)
+        raise UserError(recipe.blame(error)) from error
