@@ -7,10 +7,11 @@ STAMP := $(VENV)/.llmalign-installed
 EDITABLE := --config-settings editable_mode=compat -e
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup quickstart test test-all lint format claims bench clean
+.PHONY: help setup quickstart quickstart-images test test-all lint format claims bench clean
 
 help:
 	@echo "make quickstart   align a small language model and measure it (about 4 minutes, no download)"
+	@echo "make quickstart-images  the same with a small image model of digits"
 	@echo "make test         the test suite (make test-all: the slow ones too)"
 	@echo "make lint         ruff, format check, mypy"
 	@echo "make claims       what the papers claim, measured (two hours on two idle cores)"
@@ -33,6 +34,9 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 
 quickstart: setup
 	$(BIN)/llmalign quickstart
+
+quickstart-images: setup
+	$(BIN)/llmalign quickstart --images
 
 test: setup
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile

@@ -3,14 +3,11 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import transformers
 from datasets import Dataset
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -26,6 +23,7 @@ from llmalign.evaluation.divergence import sampled_kl
 from llmalign.evaluation.plots import plot_training
 from llmalign.scores.sampling import sample_completions
 from llmalign.scores.text import sequence_logps
+from llmalign.screen import LossBar, quiet
 from llmalign.trainers import prepare_pairs
 
 MAX_LENGTH = 128  # tokens; the longest row of the world has about 100
@@ -84,14 +82,6 @@ class Measured:
     matched_win_rate: WinRate | None = None
 
 
-class _Bar(ProgressCallback):
-    """The trainers' progress bar with the loss beside it, instead of a printed dictionary a log."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
-
-
 def main(output_dir: str | Path = "runs/quickstart", seed: int = 0, settings: Settings | None = None) -> dict[str, Any]:
     """Run the quickstart and return its results.
 
@@ -102,7 +92,7 @@ def main(output_dir: str | Path = "runs/quickstart", seed: int = 0, settings: Se
     folder, began = Path(output_dir), time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 100)
     folder.mkdir(parents=True, exist_ok=True)
-    with _quiet(), one_thread():
+    with quiet(), one_thread():
         console.print("[bold]1/4[/] Building the tokenizer and a small Llama; SFT on the world's sample answers")
         tokenizer, history = teach(folder / "sft", seed, settings)
         console.print("[bold]2/4[/] Aligning with RPO, and with DPO from the same start")
@@ -227,7 +217,7 @@ def _tokenized(rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBas
 
 def _train(trainer: Any, folder: Path) -> list[dict[str, float]]:
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Bar)
+    trainer.add_callback(LossBar)
     trainer.train()
     trainer.save_model(str(folder))
     return trainer.state.log_history
@@ -355,21 +345,3 @@ def _show(console: Console, measured: dict[str, Measured], answers: dict[str, An
             text = answers[name].texts[place]
             console.print(f"  {name.upper()}: [{world.score(prompt, text):.1f}] {text}", markup=False, highlight=False)
     console.print()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' own bars and notes off the screen while the quickstart's are on it."""
-    verbosity = transformers.logging.get_verbosity()
-    rows, weights = not datasets.are_progress_bars_disabled(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if rows:
-            datasets.enable_progress_bars()
-        if weights:
-            transformers.logging.enable_progress_bar()
