@@ -25,6 +25,11 @@ from claims import (  # noqa: E402
     copg_online,
     fdpg_exact,
     fdpg_stories,
+    image_d3po,
+    image_dpo,
+    image_rdpo,
+    image_seppo,
+    image_tiles,
     inpo_classes,
     inpo_exact,
     inpo_model,
@@ -41,6 +46,7 @@ from claims.report import Claim, Outcome, write  # noqa: E402
 MODULES = (
     *(bandit, rdpo, rpo, inpo_exact, inpo_classes, inpo_model, inpo_stories),
     *(copg_online, mdpo, fdpg_exact, fdpg_stories, programs),
+    *(image_dpo, image_rdpo, image_d3po, image_seppo, image_tiles),
 )
 CLAIMS = {module.CLAIM.name: module.CLAIM for module in MODULES}
 
