@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from llmalign.data.doctor import refuse
 from llmalign.data.image_doctor import ImageLimits, ImageReport, examine_images
-from llmalign.data.images import PAIRS, load_image_rows
+from llmalign.data.images import PAIRS, load_image_rows, without_ties
 from llmalign.errors import UserError
 from llmalign.prepare import HELD_OUT, Data, hold_out
 from llmalign.recipe import Recipe
@@ -38,6 +38,13 @@ def image_work(recipe: Recipe, config: Any, options: ModelConfig) -> Work:
         raise UserError("`streaming: true` is for text: images are encoded once, before training; leave it out.")
     belongs = {entry.name: "it is for language models" for entry in fields(options) if entry.name not in USED}
     refuse_inherited(options, belongs)
+    from llmalign.diffusion.embedded import pipeline_path  # text users have no need of diffusers
+    from llmalign.diffusion.image_trainer import lora_config
+    from llmalign.diffusion.pipelines import require_pipeline
+
+    with config.main_process_first(desc="looking for the model"):
+        path = pipeline_path(str(options.model_name_or_path))
+    require_pipeline(path)
     functions = []
     if recipe.method.kind == CAPTIONS:
         folder = Path(recipe.path).parent
@@ -46,14 +53,9 @@ def image_work(recipe: Recipe, config: Any, options: ModelConfig) -> Work:
     after = _sample_command(recipe, config, options, data)
 
     def build() -> Any:
-        from llmalign.diffusion.embedded import pipeline_path  # diffusers takes seconds to import
-        from llmalign.diffusion.image_trainer import lora_config
-
         lora = None
         if options.use_peft:
             lora = lora_config(options.lora_r, options.lora_alpha, options.lora_target_modules, options.lora_dropout)
-        with config.main_process_first(desc="looking for the model"):
-            path = pipeline_path(str(options.model_name_or_path))
         given = {"model": path, "peft_config": lora, "revision": options.model_revision, "dtype": options.dtype}
         if functions:
             given["reward_functions"] = functions
@@ -75,6 +77,12 @@ def _sample_command(recipe: Recipe, config: Any, options: ModelConfig, data: Dat
     for name in config.reward_funcs if recipe.method.kind == CAPTIONS else ():
         beside = Path(recipe.path).parent / name.rpartition(":")[0]  # where training looked for a function's file
         words += ["--reward", str(beside.with_name(name)) if beside.is_file() else name]
+    if recipe.method.kind == CAPTIONS:
+        words += ["--steps", str(config.sampling_steps), "--guidance", f"{config.guidance_scale:g}"]
+    elif recipe.method.name == "pso_offline":  # a distilled model is drawn from as it was distilled
+        words += ["--steps", str(config.sampling_steps), "--guidance", "1"]
+    if config.resolution is not None:
+        words += ["--size", str(config.resolution)]
     return shlex.join([*words, "--per_prompt", "4", "--out", f"{config.output_dir}-samples"])
 
 
@@ -89,7 +97,7 @@ def _prepared(recipe: Recipe, config: Any) -> Data:
         if kind != CAPTIONS:
             reports[name] = _looked_over(recipe, config, name, rows)
         if kind == PAIRS and config.ties == "drop":  # counted above, left out now
-            rows = load_image_rows(found, kind=kind, seed=config.seed)
+            rows = without_ties(f"the {name} data", rows)
         logger.info("%s: %d rows go to the trainer.", name, len(rows))
         ready[name] = rows
     train = ready.pop("train")

@@ -26,7 +26,7 @@ from llmalign.diffusion.sampling import draw_grid, load_for_sampling, sample_ima
 from llmalign.diffusion.trainer import DiffusionPreferenceTrainer
 from llmalign.embedded.tiny import one_thread
 from llmalign.evaluation import Estimate, bootstrap_mean
-from llmalign.evaluation.plots import Panel, plot_training
+from llmalign.evaluation.plots import IMAGE_PANELS, plot_training
 from llmalign.rewards.images import ImageReward, load_image_reward
 from llmalign.screen import LossBar, quiet
 
@@ -37,12 +37,7 @@ TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj",
     "ff.net.0.proj", "ff.net.2",
 )  # fmt: skip
-PANELS = (
-    Panel("rewards/accuracies", "Reward accuracy", "share of pairs", 0.5),
-    Panel("rewards/margins", "Reward margin", "chosen minus rejected, beta x score", 0.0),
-    Panel("error/chosen", "Denoising error of the winners", "mean square"),
-    Panel("error/rejected", "Denoising error of the losers", "mean square"),
-)
+PANELS = [panel for panel in IMAGE_PANELS if panel.metric.startswith(("rewards/", "error/chosen", "error/rejected"))]
 SHOWN = 20  # pictures of the grid
 NEXT = (
     "llmalign sample MODEL --prompt 'a red fox' --per_prompt 4 --out pictures",

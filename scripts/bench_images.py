@@ -167,7 +167,7 @@ def table(summaries: list[Summary], title: str, *, targets: bool) -> Table:
     """What the terminal shows; `targets` says whether those of the figures without encoders apply."""
     result = Table(title=title, caption="time: the script's over ours; memory: ours over the script's")
     columns = ["ours / script", "time", "95 %", "target", "wall", "memory", "target", "seconds", "MB"]
-    columns += ["with encoders: 1st epoch", "later", "memory"]
+    columns += ["with encoders", "later epochs", "memory"]
     kept = [index for index, name in enumerate(columns) if targets or name != "target"]
     for index in kept:
         result.add_column(columns[index], justify="right" if index else "left")
@@ -210,7 +210,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 arguments.json.write_text(json.dumps(content, indent=1) + "\n")
             console.print(f"{case.name}: {summaries[-1].time_ratio:.2f}, {summaries[-1].memory_ratio:.2f}")
-    title = f"One step of {arguments.pairs} pairs on one CPU thread, {arguments.rounds} rounds"
+    title = f"One step, float32 on CPU, one thread, pairs a step: {arguments.pairs}, {arguments.rounds} rounds"
     title += "; tiny networks: the numbers mean nothing" if arguments.quick else ""
     console.print(table(summaries, title, targets=not arguments.quick))
 

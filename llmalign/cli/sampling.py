@@ -50,6 +50,10 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
         "--adaptive_guidance", type=float, nargs="?", const=0.991, metavar="THRESHOLD",
         help="leave out unconditional passes once the cosine of both predictions reaches this (0.991)",
     )  # fmt: skip
+    command.add_argument(
+        "--max_cfg_fraction", type=float, metavar="SHARE",
+        help="of --adaptive_guidance: leave them out after this share of the steps in any case",
+    )  # fmt: skip
     command.add_argument("--reward", metavar="NAME", action="append", default=[], help="score the images; repeatable")
     command.set_defaults(run=_sample)
 
@@ -60,6 +64,8 @@ def _sample(options: argparse.Namespace, rest: list[str]) -> int:
         raise UserError(f"--per_prompt draws at least one image, not {options.per_prompt}.")
     if options.adaptive_guidance is not None and not 0 < options.adaptive_guidance <= 1:
         raise UserError(f"--adaptive_guidance is a cosine between 0 and 1, not {options.adaptive_guidance:g}.")
+    if options.max_cfg_fraction is not None and options.adaptive_guidance is None:
+        raise UserError("--max_cfg_fraction belongs to --adaptive_guidance: give both, or neither.")
     from llmalign.diffusion.sampling import starting_point
 
     start = starting_point(options.model, options.base)
@@ -159,7 +165,8 @@ def _draw(model: str, base: str | None, prompts: list[str], folder: Path, option
     _clear(folder)
     threshold = options.adaptive_guidance
     paths = [folder / f"{index:05d}.png" for index in range(len(prompts))]
-    with nullcontext() if threshold is None else adaptive_guidance(pipe, threshold=threshold) as savings:
+    options_of = {"threshold": threshold, "max_cfg_fraction": options.max_cfg_fraction}
+    with nullcontext() if threshold is None else adaptive_guidance(pipe, **options_of) as savings:
         images = sample_images(
             pipe,
             prompts,

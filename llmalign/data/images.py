@@ -81,7 +81,7 @@ def load_image_rows(
         rows = _read(source, kind, first_id, lenient)
         first_id = rows["row_id"][-1] + 1
         if "label" in rows.column_names and ties == "drop":
-            rows = _without_ties(source, rows)
+            rows = without_ties(source.path, rows)
         parts.append(rows.remove_columns("label") if kind == IMAGES else rows)
     return mix(parsed, parts, seed)
 
@@ -363,11 +363,12 @@ def _stamp_of_files(shards: Sequence[Shard], source: DataSource, layout: _Layout
     return digest.hexdigest()
 
 
-def _without_ties(source: DataSource, rows: Dataset) -> Dataset:
+def without_ties(name: str, rows: Dataset) -> Dataset:
+    """The pairs that have a winner; how many have none is logged. Raises UserError where no pair has one."""
     kept = np.flatnonzero(np.array(rows["label"][:], dtype=np.float32) != TIE)
     if not len(kept):
-        raise UserError(f"{source.path} has nothing but ties (labels of .5), so there is nothing to prefer.")
+        raise UserError(f"{name} has nothing but ties (labels of .5), so there is nothing to prefer.")
     if len(kept) < len(rows):
-        logger.info("%s: left out %d of %d pairs, which are ties.", source.path, len(rows) - len(kept), len(rows))
+        logger.info("%s: left out %d of %d pairs, which are ties.", name, len(rows) - len(kept), len(rows))
         return rows.select(kept)
     return rows

@@ -97,6 +97,9 @@ class Denoiser(nn.Module):
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are meant
             self.network.add_adapter(copy.deepcopy(self.network.peft_config[POLICY]), adapter_name=name)
         self._adopt(POLICY)
+        for weights_name, weights in self.network.named_parameters():
+            if f".{name}." in weights_name:  # PEFT makes them in the network's precision, and a copy is to be exact
+                weights.data = weights.data.float()
         self.load_adapter_state(self.adapter_state(POLICY), name)
 
     def _drop_nothing(self) -> None:

@@ -15,7 +15,7 @@ from llmalign.assets import cache_folder
 from llmalign.diffusion.card import write_card
 from llmalign.diffusion.checkpoints import DenoiserCheckpoints
 from llmalign.diffusion.configs import ImageConfig
-from llmalign.diffusion.denoiser import Denoiser
+from llmalign.diffusion.denoiser import POLICY, Denoiser
 from llmalign.diffusion.latents import LatentCollator, LatentRows, encode
 from llmalign.diffusion.monitor import Monitor
 from llmalign.diffusion.pipelines import family_of, load_pipeline
@@ -100,6 +100,8 @@ class ImageTrainer(DenoiserCheckpoints, PairTrainerMixin, Monitor):
             data_collator=LatentCollator(self.latents, self.images),
             **kwargs,
         )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise UserError("image trainers run on one process or under DDP: start without DeepSpeed and FSDP")
         for frozen in (self.reference, self.vae):
             if frozen is not None:
                 frozen.to(self.args.device)
@@ -121,6 +123,14 @@ class ImageTrainer(DenoiserCheckpoints, PairTrainerMixin, Monitor):
             batch_size=args.encode_batch_size,
         )
 
+    def check_guidance(self) -> None:
+        """Raise UserError where a network that is told its guidance would be guided a second time."""
+        if self.family.guidance is not None and self.args.guidance_scale > 1:
+            raise UserError(
+                f"guidance_scale is {self.args.guidance_scale:g} and this network is told its guidance "
+                f"({self.family.guidance:g}, guidance_embedding): set guidance_scale: 1"
+            )
+
     def describe(self) -> str:
         """What is minimised, in words."""
         raise NotImplementedError
@@ -140,6 +150,7 @@ class ImageTrainer(DenoiserCheckpoints, PairTrainerMixin, Monitor):
     def _add_adapters(self, pipe: Any, denoiser: Denoiser, args: ImageConfig, peft_config: Any) -> None:
         if args.start_adapter is not None:
             denoiser.load_adapter(pipe, args.start_adapter)
+            _refuse_other_lora(peft_config, denoiser.network.peft_config[POLICY], args.start_adapter)
             self.reference_adapter = "ref"
             denoiser.add_copy(self.reference_adapter)
             logger.info("Training goes on from the adapter %s; a frozen copy of it is kept.", args.start_adapter)
@@ -170,6 +181,15 @@ class ImageTrainer(DenoiserCheckpoints, PairTrainerMixin, Monitor):
         for value in self.kept.values():
             if isinstance(value, nn.Module):
                 value.to("cpu")
+
+
+def _refuse_other_lora(asked: Any, found: Any, path: str) -> None:
+    """Raise UserError where a configuration is asked for that the adapter which training goes on from does not have."""
+    names = [] if asked is None else ["r", "lora_alpha", *(["target_modules"] if asked.target_modules else [])]
+    for name in names:
+        wanted, own = getattr(asked, name), getattr(found, name)
+        if wanted != own:
+            raise UserError(f"start_adapter {path} has {name} {own}, and {wanted} is asked for: ask for its own")
 
 
 def _native_resolution(pipe: Any, family: Any) -> int:

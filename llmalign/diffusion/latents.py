@@ -21,6 +21,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from llmalign.data.checks import Fault
 from llmalign.data.images import decode, pixels
@@ -30,7 +31,7 @@ from llmalign.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-PART_ROWS = 2048
+PART_ROWS = 256  # small, so that processes have parts of their own and an interruption loses little
 CAPTIONS_AT_ONCE = 32
 FLIPPED = "_flipped"
 KEPT = ("row_id", "label", "flipped")  # columns of the rows that training reads beside pictures and captions
@@ -192,7 +193,11 @@ def _encode_captions(
         }
 
     rows = Dataset.from_dict({"caption": captions})
+    tokenizers = [
+        part for name in family.captioned_by if isinstance(part := pipe.components[name], PreTrainedTokenizerBase)
+    ]
     key = {
+        "tokenizers": [[sorted(part.get_vocab().items()), part.model_max_length] for part in tokenizers],
         "encoders": [weights_digest(encoder) for encoder in encoders],
         "family": type(family).__name__,
         "kinds": kinds,

@@ -45,6 +45,9 @@ class D3POTrainer(ImageTrainer):
         self, model: Any, args: D3POConfig | None = None, *rest: Any, reward_functions: list[ImageReward], **kwargs: Any
     ) -> None:
         super().__init__(model, args, *rest, **kwargs)
+        self.check_guidance()
+        if self.reference is not None and self.reference_adapter is not None:
+            raise UserError("start_adapter and another reference: its copy would be the reference, too; drop one")
         self.reward_functions = reward_functions
         args = self.args
         shape = self._latent_shape()
@@ -70,7 +73,7 @@ class D3POTrainer(ImageTrainer):
             inner_epochs=args.inner_epochs,
             seed=args.seed,
         )
-        self._check_rounds()
+        self._check_rounds(kept)
         self.data_collator = RoundCollator(self.latents, ())
         self._round: Round | None = None
         logger.info("%s; %d of %d steps trained on.", self.describe(), kept, len(self.sampler))
@@ -86,13 +89,14 @@ class D3POTrainer(ImageTrainer):
         side = self.resolution // self.family.vae_scale_factor
         return (self.vae.config.latent_channels, side, side)
 
-    def _check_rounds(self) -> None:
+    def _check_rounds(self, kept: int) -> None:
         args = self.args
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if self.train_dataset.per_round % step:
             raise UserError(
-                f"a round has {self.train_dataset.per_round} rows (pairs_per_round times steps times inner_epochs) and "
-                f"an optimizer step takes {step}: make the first a multiple of the second, so that no step mixes rounds"
+                f"a round has {self.train_dataset.per_round} rows ({args.pairs_per_round} pairs, {kept} steps with "
+                f"noise, {args.inner_epochs} inner_epochs) and an optimizer step takes {step}: make the first a "
+                "multiple of the second, so that no step mixes rounds"
             )
         if args.pairs_per_round < args.world_size:
             raise UserError(
@@ -246,9 +250,10 @@ class D3POTrainer(ImageTrainer):
     def _rewards(self, latents: Tensor, captions: list[str]) -> Tensor:
         """Rewards (N, R) of latents (N, C, h, w) decoded to pictures."""
         assert self.vae is not None
-        pictures = self.family.decode(self.vae, latents.to(self.accelerator.device))
         images = [
-            Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().cpu().numpy()) for picture in pictures
+            Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+            for some in latents.split(self.args.encode_batch_size)
+            for picture in self.family.decode(self.vae, some.to(self.accelerator.device))
         ]
         return torch.stack([reward(captions, images) for reward in self.reward_functions], dim=1)
 

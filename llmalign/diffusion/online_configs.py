@@ -22,7 +22,7 @@ class D3POConfig(ImageConfig):
     """D3PO (arXiv 2311.13231); the defaults are those of the authors' code for SD 1.5.
 
     A round draws two pictures for each of `pairs_per_round` captions, rewards them, and trains on all their steps that
-    have noise, `inner_epochs` times. One optimizer step of the authors' is a whole group of pairs with all steps: set
+    have noise, `inner_epochs` times. One optimizer step of the authors' takes all steps of a group of pairs: set
     gradient_accumulation_steps to match.
     """
 

@@ -189,6 +189,14 @@ def family_of(pipe: Any, *, guidance: float = 3.5) -> Family:
     return family(config.scaling_factor, config.get("shift_factor") or 0.0, pipe.vae_scale_factor, told)
 
 
+def require_pipeline(path: str | Path) -> None:
+    """Raise UserError where `path` is a local folder without a pipeline; whether the Hub has one shows in loading."""
+    folder = Path(path).expanduser()
+    looks_local = folder.exists() or str(path).startswith(("/", ".", "~"))
+    if looks_local and not (folder / "model_index.json").is_file():
+        raise UserError(f"{path} holds no diffusers pipeline (model_index.json is missing); check the path or name")
+
+
 def load_pipeline(path: str | Path, *, revision: str | None = None, dtype: str | None = None) -> Any:
     """An ordinary diffusers pipeline from a folder or the Hub, its weights safetensors only, with no safety checker.
 
@@ -196,14 +204,11 @@ def load_pipeline(path: str | Path, *, revision: str | None = None, dtype: str |
     what it encodes is kept.
     Raises UserError where there is none, or where it cannot be read.
     """
-    folder = Path(path)
-    looks_local = folder.exists() or str(path).startswith(("/", ".", "~"))
-    if looks_local and not (folder / "model_index.json").is_file():
-        raise UserError(f"{path} holds no diffusers pipeline (model_index.json is missing); check the path or name")
+    require_pipeline(path)
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype of a pipeline is one of {', '.join(DTYPES)}, got {dtype!r}")
     kinds = {"default": DTYPES[dtype or "float32"], "vae": torch.float32}
-    options: dict[str, Any] = {"use_safetensors": True, "revision": revision, "torch_dtype": kinds}
+    options: dict[str, Any] = {"use_safetensors": True, "revision": revision, "dtype": kinds}
     try:
         index = DiffusionPipeline.load_config(path, revision=revision)
         if "safety_checker" in index:  # it would be loaded, moved and saved along, and training has no use for it

@@ -39,6 +39,7 @@ class PSOOfflineConfig(DiffusionPreferenceConfig):
     prior_weight: float = field(default=0.5, metadata={"help": "Weight of the term that keeps its error low."})
     sampler: str | None = field(default=EULER, metadata={"help": f"The distilled model's: {', '.join(SAMPLERS)}."})
     sampling_steps: int = field(default=4, metadata={"help": "Its steps; their timesteps are trained on."})
+    winner_guard: str = field(default="off", metadata={"help": "Settled: the prior term holds the errors."})
 
     def __post_init__(self) -> None:
         refuse_inherited(self, _FOREIGN)
@@ -77,6 +78,11 @@ class PSOOfflineTrainer(DiffusionPreferenceTrainer):
             f"{args.variant}, beta {args.beta:g}, negative_factor {args.negative_factor:g}, prior_weight "
             f"{args.prior_weight:g}, at the {args.sampling_steps} timesteps of the sampler"
         )
+
+    @property
+    def score_scale(self) -> float:
+        """A score is minus an error."""
+        return 1.0
 
     @property
     def error_space(self) -> str:

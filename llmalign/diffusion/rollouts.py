@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from llmalign.diffusion.noise import row_generator
+from llmalign.diffusion.pipelines import Conditions
 from llmalign.diffusion.transitions import Sampler, log_prob
 
-Conditions = dict[str, Tensor]
 Denoise = Callable[[Tensor, Tensor, Conditions], Tensor]
 
 

@@ -1,7 +1,6 @@
 """The rounds of an online method: which pairs and steps come when, and what a round has drawn."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +32,19 @@ class RoundRows(Dataset):
         self._pairs, self._inner, self._seed = pairs, inner_epochs, seed
         self.per_round = pairs * kept_steps * inner_epochs
         self._length = rounds * self.per_round
-        self._plan = lru_cache(maxsize=4)(self._planned)
-        self._pass = lru_cache(maxsize=4)(self._shuffled_captions)
+        self._latest: tuple[int, list[tuple[int, int]], list[int]] = (-1, [], [])
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, place: int) -> dict[str, int]:
         number, within = divmod(place, self.per_round)
-        pair, step = self._plan(number)[within]
+        if self._latest[0] != number:
+            self._latest = (number, self._planned(number), self.caption_ids(number))
+        pair, step = self._latest[1][within]
         return {
             "row_id": number * self._pairs + pair,
-            "caption_id": self.caption_ids(number)[pair],
+            "caption_id": self._latest[2][pair],
             "round": number,
             "pair": pair,
             "step": step,
@@ -54,7 +54,9 @@ class RoundRows(Dataset):
         """The captions of a round's pairs."""
         places = range(number * self._pairs, (number + 1) * self._pairs)
         size = len(self._caption_ids)
-        return [self._caption_ids[self._pass(place // size)[place % size]] for place in places]
+        passes = {place // size for place in places}
+        orders = {number: self._shuffled_captions(number) for number in passes}
+        return [self._caption_ids[orders[place // size][place % size]] for place in places]
 
     def _planned(self, number: int) -> list[tuple[int, int]]:
         plan = []

@@ -33,6 +33,7 @@ _FOREIGN = {
 class SePPOConfig(DiffusionPreferenceConfig):
     """SePPO; what the paper leaves open (beta, the sampler) is Diffusion-DPO's."""
 
+    beta: float = field(default=5000.0, metadata={"help": "Strength of the reference, the paper's beta (T in it)."})
     checkpoint_every: int = field(default=30, metadata={"help": "Optimizer steps between two past checkpoints."})
     flip_rule: str = field(
         default=SIGN,
@@ -64,6 +65,7 @@ class SePPOTrainer(DiffusionPreferenceTrainer):
     """
 
     images: tuple[str, ...] = ("image",)
+    optional_metrics = frozenset({"error/rejected", "error/ref_rejected"})
 
     def __init__(self, model: Any, args: SePPOConfig | None = None, *rest: Any, **kwargs: Any) -> None:
         if kwargs.get("peft_config") is None:
@@ -71,6 +73,7 @@ class SePPOTrainer(DiffusionPreferenceTrainer):
         if kwargs.get("ref_model") is not None:
             raise UserError(f"SePPO takes no ref_model: {_FOREIGN['ref_model_name_or_path']}")
         super().__init__(model, args, *rest, **kwargs)
+        self.check_guidance()
         self.sampler = build_sampler(
             None,
             self.scheduler_config,
@@ -132,6 +135,7 @@ class SePPOTrainer(DiffusionPreferenceTrainer):
         """Those of pairs, and the share of rows in which the policy lags, so that the sample is no loser."""
         metrics = super().row_metrics(scores, inputs)
         for name in ("error/rejected", "error/ref_rejected"):
-            metrics[name] = metrics[name].abs()
+            metrics[name] = metrics[name].abs()  # flipped; 0 where the sample is left out
+            metrics[name] = metrics[name].masked_fill(metrics[name] == 0, torch.nan)
         metrics["seppo/lagging"] = (scores.chosen < scores.ref_chosen).float()
         return metrics

@@ -41,7 +41,8 @@ class DiffusionPreferenceTrainer(PairLoss, ImageTrainer):
 
     A pair meets one timestep and one noise in every epoch, drawn from a generator of its own. Evaluation uses a fixed
     grid of `eval_timesteps` timesteps, each with a noise of its own, flips and dropped captions off, latents at their
-    means. INPO's previous iterate is `start_adapter`, and its reference the network without adapters.
+    means; a row's scores are averaged over the grid before they meet the loss, which is lower than of single draws.
+    INPO's previous iterate is `start_adapter`, and its reference the network without adapters.
     """
 
     images: tuple[str, ...] = SIDES
@@ -92,6 +93,11 @@ class DiffusionPreferenceTrainer(PairLoss, ImageTrainer):
     def reward_scale(self) -> float:
         """beta, tau or eta; 1 for the plain denoising loss."""
         return 1.0 if self.args.loss == SFT else super().reward_scale
+
+    @property
+    def score_scale(self) -> float:
+        """What an error is multiplied by, without its sign, to make a score."""
+        return self.error_scale / 2
 
     @property
     def error_space(self) -> str:
@@ -257,4 +263,4 @@ class DiffusionPreferenceTrainer(PairLoss, ImageTrainer):
                 with self.accelerator.autocast():
                     prediction = model(one["latents"], one["timesteps"], own)
                 parts.append(denoising_errors(prediction, one["target"]) * one["weight"])
-        return float((whole - torch.cat(parts)).abs().max()) * self.error_scale / 2
+        return float((whole - torch.cat(parts)).abs().max()) * self.score_scale

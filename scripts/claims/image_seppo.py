@@ -16,7 +16,7 @@ from llmalign.diffusion.image_trainer import lora_config
 from llmalign.diffusion.sampling import load_for_sampling
 from llmalign.diffusion.seppo import SePPOConfig, SePPOTrainer
 
-SHAPE = {**pictures.SHAPE, "rate": 1e-3, "best_of": 8, "every": 15, "reference_steps": 10}
+SHAPE = {**pictures.SHAPE, "rate": 1e-3, "beta": 50.0, "best_of": 8, "every": 15, "reference_steps": 10}
 SHORT = {"best_of": 2, "every": 1, "reference_steps": 2}
 LABELS = {"seppo": "SePPO, winners alone", "sft": "SFT on the winners"}
 
@@ -60,7 +60,7 @@ def experiment(cell: Cell, store: Store) -> Result:
         trainer.save_model()
         return trainer.state.log_history
 
-    return pictures.experiment(cell, store, train)
+    return pictures.experiment(cell, store, train, pairs=False)
 
 
 def best_of(start: Path, count: int, cell: Cell, own: quick.Settings) -> Dataset:

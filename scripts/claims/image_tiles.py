@@ -78,7 +78,7 @@ def experiment(cell: Cell, store: Store) -> Result:
     sides = [draw(pipe, prompts, 2 * cell.seed + 1_000 + side) for side in range(2)]
     rows = quick.pairs_of(prompts, sides, reward)
     before = draw(pipe, tested, 12_345)
-    with pictures.folder_of_its_own() as folder:
+    with pictures.ScratchFolder() as folder:
         history = quick.align(start, (rows, rows.select([])), folder, cell.seed, own, disable_tqdm=True)
         after = draw(load_for_sampling(str(folder), str(start)), tested, 12_345)
     return _measured(before, after, (images, kinds, asked(kinds, s["pictures"])), reward, tested, history)

@@ -53,15 +53,17 @@ def brightness() -> ImageReward:
     return load_image_reward("brightness")
 
 
-def experiment(cell: Cell, store: Store, train: Callable[[Path, Dataset, Path], list[dict[str, Any]]]) -> Result:
-    """Draw pairs, train with `train(start, pairs, folder)`, and measure the same pictures before and after."""
+def experiment(
+    cell: Cell, store: Store, train: Callable[[Path, Dataset, Path], list[dict[str, Any]]], *, pairs: bool = True
+) -> Result:
+    """Draw pairs (or none), train with `train(start, pairs, folder)`, measure the same pictures before and after."""
     own = settings(cell)
     start = base(store, smoke=own.steps == SMOKE["steps"])
     pipe = load_for_sampling(str(start))
     reward = brightness()
-    rows = quick.labelled_pairs(pipe, own.pairs, reward, cell.seed, own, progress=False)
+    rows = quick.labelled_pairs(pipe, own.pairs if pairs else 0, reward, cell.seed, own, progress=False)
     before = quick.draw(pipe, own.pictures, 12_345, own, progress=False)
-    with folder_of_its_own() as folder:
+    with ScratchFolder() as folder:
         history = train(start, rows, folder)
         after = quick.draw(load_for_sampling(str(folder), str(start)), own.pictures, 12_345, own, progress=False)
     return measured(before, after, reward, history)
@@ -90,7 +92,7 @@ def measured(
     }
 
 
-class folder_of_its_own(tempfile.TemporaryDirectory):
+class ScratchFolder(tempfile.TemporaryDirectory):
     """A scratch folder as a Path."""
 
     def __enter__(self) -> Path:  # type: ignore[override]

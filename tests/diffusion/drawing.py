@@ -26,6 +26,10 @@ def bright(prompts: list[str], images: list[Any], **columns: Any) -> list[float]
     return [float(np.asarray(image).mean()) for image in images]
 
 
+def dark(prompts: list[str], images: list[Any], **columns: Any) -> list[float]:
+    return [-value for value in bright(prompts, images)]
+
+
 def red(prompts: list[str], images: list[Any], **columns: Any) -> list[float]:
     return [float(np.asarray(image)[..., 0].mean()) for image in images]
 

@@ -26,13 +26,13 @@ def own_timesteps(pipe: Any, steps: int, size: int = 8) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd2", "sd3", "flux", "flux-schnell"])
-@pytest.mark.parametrize("steps", [4, 5])
-def test_timesteps_are_the_pipelines_own(kind, steps, tiny_pipeline):
+def test_timesteps_are_the_pipelines_own(kind, tiny_pipeline):
     pipe = tiny_pipeline(kind)
-    found = built(pipe, None, steps)
-    assert found.timesteps.tolist() == pytest.approx(own_timesteps(pipe, steps), rel=1e-6)
-    # A flow's last step adds noise, too, in Flow-GRPO's code.
-    assert len(found) == steps and found.stochastic == list(range(steps))
+    for steps in (4, 5):
+        found = built(pipe, None, steps)
+        assert found.timesteps.tolist() == pytest.approx(own_timesteps(pipe, steps), rel=1e-6)
+        # A flow's last step adds noise, too, in Flow-GRPO's code.
+        assert len(found) == steps and found.stochastic == list(range(steps))
 
 
 def test_under_dynamic_shifting_the_shift_of_sd3_is_the_pipelines_own(tiny_pipeline):
@@ -66,7 +66,7 @@ def test_each_name_is_its_sampler(tiny_pipeline):
     pipe = tiny_pipeline("sd")
     assert built(pipe, "ddim", 4).timesteps.tolist() == [751, 501, 251, 1] == built(pipe, None, 4).timesteps.tolist()
     euler = built(pipe, "euler_ancestral", 4)
-    assert euler.stochastic == [0, 1, 2] and euler.initial_scale > 10
+    assert euler.stochastic == [0, 1, 2] and euler.initial_scale > 4
     consistency = built(pipe, "consistency", 4)
     assert consistency.timesteps.tolist() == [999, 749, 499, 249]
     assert consistency.stochastic == [0, 1, 2] and consistency.initial_scale == 1

@@ -22,6 +22,7 @@ from llmalign.diffusion.denoiser import LORA_FILE
 from llmalign.diffusion.tiny import build_tiny
 from llmalign.diffusion.trainer import DiffusionPreferenceTrainer
 from llmalign.processes import end_processes, load_group_users
+from tests.diffusion.drawing import captions, online
 from tests.diffusion.training import pairs, trainer
 
 FORKING = multiprocessing.get_context("fork")  # what takes seconds to import is there already
@@ -80,15 +81,8 @@ def results(folder: Path) -> tuple[list[dict[str, float]], dict[str, float], dic
     return steps, measured["eval"], torch.load(folder / "weights.pt")
 
 
-@pytest.mark.parametrize(
-    "kind, adapted",
-    [
-        ("sd", True),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sd", False), ("sd3", False), ("flux", True))),
-    ],
-)
-def test_two_processes_equal_one(kind, adapted, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmalign.diffusion.latents.PART_ROWS", 4)  # each encodes a part
+def in_one_and_in_two(tmp_path: Path, work: Callable[..., None], *given: Any) -> tuple[Path, Path]:
+    """Let one process, and two that know each other, do some work in a folder each; the folders."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -99,12 +93,25 @@ def test_two_processes_equal_one(kind, adapted, tmp_path, monkeypatch):
         folder.mkdir(exist_ok=True)
     logs = [tmp_path / f"log-{number}" for number in range(3)]
     children = [
-        start(log, environment, trained, kind, adapted, folder)
+        start(log, environment, work, *given, folder)
         for log, environment, folder in zip(logs, ranks, folders, strict=True)
     ]
     for child, log in zip(children, logs, strict=True):
         child.join(300)
         assert child.exitcode == 0, log.read_text()[-3000:]
+    return folders[0], folders[1]
+
+
+@pytest.mark.parametrize(
+    "kind, adapted",
+    [
+        ("sd", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sd", False), ("sd3", False), ("flux", True))),
+    ],
+)
+def test_two_processes_equal_one(kind, adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmalign.diffusion.latents.PART_ROWS", 4)  # each encodes a part
+    folders = in_one_and_in_two(tmp_path, trained, kind, adapted)
     (alone, measured_alone, weights_alone), (together, measured, weights) = results(folders[0]), results(folders[1])
     assert [entry["step"] for entry in alone] == [1, 2, 3, 4, 5] and alone[-1]["epoch"] == 2.5
     for one, two in zip(alone, together, strict=True):
@@ -116,6 +123,41 @@ def test_two_processes_equal_one(kind, adapted, tmp_path, monkeypatch):
     for name, weight in weights_alone.items():
         assert weight.dtype == torch.float64
         torch.testing.assert_close(weights[name], weight, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def drawn_and_trained(folder: Path) -> None:
+    """Three rounds of five pairs, of which one process draws three and the other two."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        load_group_users()
+    run = online(
+        build_tiny("sd"), folder, rounds=3, pairs_per_round=5, per_device_train_batch_size=10 // world, optim="sgd",
+        learning_rate=1.0, max_grad_norm=0.0, beta=5.0, evaluation=captions(3, first=9), per_device_eval_batch_size=2,
+    )  # fmt: skip
+    assert run.accelerator.num_processes == world, "the processes do not know each other"
+    run.train()
+    measured = run.evaluate()
+    if run.is_world_process_zero():
+        (folder / "measured.json").write_text(json.dumps({"train": run.state.log_history, "eval": measured}))
+        torch.save(
+            {name: value for name, value in run.model.named_parameters() if value.requires_grad}, folder / "weights.pt"
+        )
+    if world > 1:
+        end_processes(together=True)
+
+
+def test_two_processes_draw_and_learn_what_one_does(tmp_path):
+    folders = in_one_and_in_two(tmp_path, drawn_and_trained)
+    (alone, measured_alone, weights_alone), (together, measured, weights) = map(results, folders)
+    assert [entry["step"] for entry in alone] == [1, 2, 3, 4, 5, 6] == [entry["step"] for entry in together]
+    for one, two in zip(alone, together, strict=True):
+        for key in ("loss", "grad_norm", "reward", "ratios/clipped", "pairs/preferred", "rewards/margins"):
+            assert two[key] == pytest.approx(one[key], rel=2e-3, abs=1e-4), (one["step"], key)
+    assert measured["eval_reward"] == pytest.approx(measured_alone["eval_reward"], rel=1e-3)
+    for name, weight in weights_alone.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+    moved = max(weight.abs().max() for name, weight in weights_alone.items() if "lora_B" in name)
+    assert moved > 1e-2, "from zero"
 
 
 # Kills

@@ -13,6 +13,7 @@ from llmalign.loop import LoopConfig
 from llmalign.methods import METHODS
 from llmalign.recipe import Recipe, load_recipe
 from llmalign.rewards.functions import load_function
+from llmalign.train import summary
 from llmalign.trainers.loading import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2] / "trainers"
@@ -161,3 +162,9 @@ def test_smoke_recipe_of_images_runs_and_so_does_the_command_that_it_names(
     assert program == "llmalign" and main([*words, "--steps", "2"]) == 0
     drawn = tmp_path / "run-samples"
     assert len(list(drawn.glob("0*.png"))) == len(list((drawn / "start").glob("0*.png"))) == 8
+
+
+def test_a_run_without_an_evaluation_set_says_so() -> None:
+    result = {"method": "rpo", "model": "m", "steps": 1, "seconds": 1.0, "output_dir": "o", "before": {}, "after": {}}
+    table = summary(result)
+    assert table.row_count == 1 and "no evaluation set" in next(iter(table.columns[0].cells))
