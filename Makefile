@@ -7,7 +7,7 @@ STAMP := $(VENV)/.llmalign-installed
 EDITABLE := --config-settings editable_mode=compat -e
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup quickstart quickstart-images test test-all lint format claims bench clean
+.PHONY: help setup quickstart quickstart-images test test-all lint format claims bench bench-images clean
 
 help:
 	@echo "make quickstart   align a small language model and measure it (about 4 minutes, no download)"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint         ruff, format check, mypy"
 	@echo "make claims       what the papers claim, measured (two hours on two idle cores)"
 	@echo "make bench        time and memory of a step beside TRL (two hours; ARGS='--case k8' runs one case)"
+	@echo "make bench-images  the same for images, beside a plain reading of the public scripts (an hour)"
 
 setup: $(STAMP)
 
@@ -58,6 +59,9 @@ claims: setup
 
 bench: setup
 	$(BIN)/python scripts/bench.py $(ARGS)
+
+bench-images: setup
+	$(BIN)/python scripts/bench_images.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

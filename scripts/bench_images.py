@@ -4,10 +4,11 @@ This project's trainer and a plain reading of the scripts for Diffusion-DPO on S
 turns step by step, each in a process of its own, on the same pairs, draws and random weights, in float32 on one thread.
 First it is checked that both have the same loss and gradient where they train the same weights. Time is the CPU time of
 a step from its start to the start of the next, and the ratio the median over rounds, with an interval of 95 % by
-resampling rounds; memory is the peak resident size less what the process held before it loaded anything. The figures
-are without encoders, whose work the trainer does once for all epochs; beside them stand those with encoders. `kept` and
-`recomputed` say what both do with activations; `as shipped` is this trainer's default on a CPU beside the scripts' for
-SDXL, which is to recompute. Not measured: GPUs, several processes, saving.
+resampling rounds. Memory is the peak resident size less what the process held before it loaded anything; `tensors` is
+that of the tensors alone, without what the C library has not given back. The figures are without encoders, whose work
+the trainer does once for all epochs; beside them stand those with encoders. `kept` and `recomputed` say what both do
+with activations; `as shipped` is this trainer's default on a CPU beside the scripts' for SDXL, which is to recompute.
+Not measured: GPUs, several processes, saving.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 WORKER = Path(__file__).resolve().parent / "benching" / "image_worker.py"
-WARM_UP = 1  # steps that do not count
+WARM_UP, LOOKED_INTO = 1, 1  # steps that do not count: the first, and the last, whose memory is followed
 RESAMPLES = 2000
 #: of the first batch's gradient, and of losses along a run, where rounding adds up; beta multiplies that of the errors
 GRADIENT_TOLERANCE, LOSS_TOLERANCE = 1e-3, 1e-2
@@ -86,7 +87,8 @@ class Summary:
     """A case's outcome: ratios are the scripts' time over ours, and our memory over theirs.
 
     `low`, `high`: of the time ratio. `first_epoch`, `later_epochs`: time ratios with encoders; `encoded_memory_ratio`:
-    with them. Seconds and megabytes: ours, the script's, the script's with encoders. `held`: megabytes of weights.
+    with them. Seconds, megabytes and tensors' megabytes: ours, the script's, the script's with encoders. `held`:
+    megabytes of weights and their states.
     """
 
     case: str
@@ -96,11 +98,13 @@ class Summary:
     high: float
     wall_ratio: float
     memory_ratio: float
+    tensors_ratio: float
     first_epoch: float
     later_epochs: float
     encoded_memory_ratio: float
     seconds: tuple[float, ...]
     megabytes: tuple[float, ...]
+    tensors: tuple[float, ...]
     held: dict[str, dict[str, float]]
 
 
@@ -121,7 +125,9 @@ def take_turns(jobs: dict[str, Job]) -> dict[str, dict[str, Any]]:
         for number in range(jobs["ours"].steps):
             for name in list(jobs)[:: 1 if number % 2 else -1]:
                 seconds[name].append(workers[name].step())
-        return {name: worker.step() | {"seconds": seconds[name][WARM_UP:]} for name, worker in workers.items()}
+        return {
+            name: worker.step() | {"seconds": seconds[name][WARM_UP:-LOOKED_INTO]} for name, worker in workers.items()
+        }
 
 
 def check_alike(case: Case, measured: dict[str, dict[str, Any]]) -> None:
@@ -145,7 +151,7 @@ def summarise(case: Case, pairs: int, encode_seconds: float, measured: dict[str,
 
     single = ratio(cpu, "script")
     low, high = interval(single)
-    megabytes = tuple(one["megabytes"] for one in measured.values())
+    megabytes, tensors = (tuple(one[kind] for one in measured.values()) for kind in ("megabytes", "tensors"))
     return Summary(
         case=case.name,
         pairs=pairs,
@@ -154,11 +160,13 @@ def summarise(case: Case, pairs: int, encode_seconds: float, measured: dict[str,
         high=high,
         wall_ratio=statistics.median(ratio(wall, "script")),
         memory_ratio=megabytes[0] / megabytes[1],
+        tensors_ratio=tensors[0] / tensors[1],
         first_epoch=statistics.median(ratio(cpu, "with encoders", encode_seconds)),
         later_epochs=statistics.median(ratio(cpu, "with encoders")),
         encoded_memory_ratio=megabytes[0] / megabytes[2],
         seconds=tuple(statistics.median(times) for times in cpu.values()),
         megabytes=megabytes,
+        tensors=tensors,
         held={name: one["held"] for name, one in measured.items()},
     )
 
@@ -166,7 +174,7 @@ def summarise(case: Case, pairs: int, encode_seconds: float, measured: dict[str,
 def table(summaries: list[Summary], title: str, *, targets: bool) -> Table:
     """What the terminal shows; `targets` says whether those of the figures without encoders apply."""
     result = Table(title=title, caption="time: the script's over ours; memory: ours over the script's")
-    columns = ["ours / script", "time", "95 %", "target", "wall", "memory", "target", "seconds", "MB"]
+    columns = ["ours / script", "time", "95 %", "target", "wall", "memory", "target", "tensors", "seconds", "MB"]
     columns += ["with encoders", "later epochs", "memory"]
     kept = [index for index, name in enumerate(columns) if targets or name != "target"]
     for index in kept:
@@ -180,7 +188,8 @@ def table(summaries: list[Summary], title: str, *, targets: bool) -> Table:
             f"{one.wall_ratio:.2f}",
             f"{one.memory_ratio:.2f}",
             target(one.memory_ratio <= MEMORY_TARGET, f"<= {MEMORY_TARGET}"),
-            both(*one.seconds[:2], 3),
+            f"{one.tensors_ratio:.2f}",
+            both(*one.seconds[:2], 2),
             both(*one.megabytes[:2], 0),
             f"{one.first_epoch:.2f}",
             f"{one.later_epochs:.2f}",
@@ -193,7 +202,7 @@ def table(summaries: list[Summary], title: str, *, targets: bool) -> Table:
 def run(arguments: argparse.Namespace, console: Console) -> None:
     """Check, measure the chosen cases and show the table; the file is written after each case."""
     with tempfile.TemporaryDirectory() as folder:
-        rest = (WARM_UP + arguments.rounds, arguments.pairs, folder, arguments.quick)
+        rest = (WARM_UP + arguments.rounds + LOOKED_INTO, arguments.pairs, folder, arguments.quick)
         with running(Job("prepare", "full", False, True, *rest), "prepare") as worker:
             prepared, gaps = worker.answer(), worker.answer()
         console.print({name: round(value, 3) for name, value in prepared.items()})

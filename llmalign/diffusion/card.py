@@ -28,7 +28,7 @@ pipe = DiffusionPipeline.from_pretrained("{pipeline}")
 
 def write_card(trainer: Any, folder: Path) -> None:
     """Write `README.md` into `folder`: what was trained, from what, how, and the last measurements."""
-    method, paper = PAPERS[type(trainer).__name__]
+    method, paper = next(PAPERS[kind.__name__] for kind in type(trainer).__mro__ if kind.__name__ in PAPERS)
     lora = trainer.accelerator.unwrap_model(trainer.model).has_adapters
     base = trainer.start if trainer.start is not None and not Path(trainer.start).exists() else None
     data = ModelCardData(

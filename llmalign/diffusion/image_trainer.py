@@ -43,6 +43,7 @@ class ImageTrainer(DenoiserCheckpoints, PairTrainerMixin, Monitor):
     images: tuple[str, ...]
     #: whether pictures are decoded during training
     keeps_vae = False
+    start_tolerance = 1e-5  # beta in the thousands multiplies it
     score_unit = ""  # half a denoising error, or a log-ratio a latent dimension
 
     def __init__(

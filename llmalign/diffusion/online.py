@@ -20,6 +20,7 @@ from llmalign.diffusion.rounds import Round, RoundCollator, RoundRows
 from llmalign.diffusion.samplers import build_sampler
 from llmalign.errors import UserError
 from llmalign.rewards.images import ImageReward
+from llmalign.trainers.pair import START_TOLERANCE
 from llmalign.types import PairScores
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class D3POTrainer(ImageTrainer):
 
     images: tuple[str, ...] = ()
     keeps_vae = True
+    start_tolerance = START_TOLERANCE  # log-ratios, which the size of a batch moves by some 1e-6
     optional_metrics = frozenset({"reward"})
 
     def __init__(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmalign import losses
+from llmalign.data.images import TIE
 from llmalign.diffusion.configs import SFT, DiffusionPreferenceConfig, effective_beta
 from llmalign.diffusion.image_trainer import ImageTrainer
 from llmalign.diffusion.latents import FLIPPED, moments_to_latents
@@ -58,6 +59,9 @@ class DiffusionPreferenceTrainer(PairLoss, ImageTrainer):
                 uniform = self.args.timestep_sampling == "uniform"
                 self.process = Flow(self.process.sigmas, self.process.timesteps, logit_normal=not uniform)
         self._check_timesteps()
+        for name, rows in self.latents.sets.items() if self.args.ties == "drop" else ():
+            if "label" in rows.column_names and TIE in rows["label"][:]:
+                raise UserError(f"the {name} rows hold ties (labels of .5): leave them out, or set ties: soft")
         self.dimensions = int(torch.Size(self.latents.latent_shape).numel())
         self.error_scale = float(self.dimensions) if self.args.loss_reduction == "sum" else 1.0
         self.last_adapter: str | None = None

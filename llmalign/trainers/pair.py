@@ -76,6 +76,8 @@ class PairTrainerMixin:
     loss_is_scaled_for_ga = True
     #: why the first batch may differ from the model that training starts from; None: it must not
     start_may_differ: str | None = None
+    #: how far apart policy and start may be, in units of the scores
+    start_tolerance = START_TOLERANCE
     #: what scores are counted in, after a number
     score_unit = " nats"
     #: metrics in which NaN says that a row has no value
@@ -227,7 +229,7 @@ class PairTrainerMixin:
         own = [_largest(scores), 0.0 if exact else self.split_gap(model, inputs)]
         over_ranks = accelerator.gather(torch.tensor([own], dtype=torch.float64, device=accelerator.device))
         largest, noise = over_ranks.amax(dim=0).tolist()
-        limit = max(rounded_limit(START_TOLERANCE, largest), 2 * noise)
+        limit = max(rounded_limit(self.start_tolerance, largest), 2 * noise)
         if not gap <= limit:
             raise UserError(
                 f"On the first batch the policy scores a response {gap:.3g}{self.score_unit} away from the model it "

@@ -16,8 +16,9 @@ SHAPE = {**pictures.SHAPE, "pairs": 512, "flips": FLIPS}
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": {},
     "rdpo": {"loss": "rdpo", "flip_rate": FLIPS},
+    "clean": {},
 }
-LABELS = {"dpo": "DPO, 40 % flipped", "rdpo": "rDPO, 40 % flipped"}
+LABELS = {"dpo": "DPO, 40 % flipped", "rdpo": "rDPO, 40 % flipped", "clean": "DPO, none flipped"}
 
 
 def cells(smoke: bool) -> list[Cell]:
@@ -26,7 +27,7 @@ def cells(smoke: bool) -> list[Cell]:
     for seed in seeds:
         for method, own in METHODS.items():
             shape = {**SHAPE, **(pictures.SMOKE if smoke else {}), "changes": own}
-            found.append(Cell("image_rdpo", method, seed, shape))
+            found.append(Cell("image_rdpo", method, seed, {**shape, **({"flips": 0.0} if method == "clean" else {})}))
     return found
 
 

@@ -371,3 +371,8 @@ def test_what_is_missing_or_unknown_is_named(tiny_pipeline, tmp_path):
 def test_the_size_is_the_networks_own_where_none_is_given(tiny_pipeline, tmp_path):
     built = trainer(tiny_pipeline("sd3"), tmp_path, resolution=None)
     assert built.resolution == 8 and built.latents.latent_shape == (4, 4, 4)
+
+
+def test_ties_that_would_be_taken_for_sure_are_refused(tiny_pipeline, tmp_path):
+    with pytest.raises(UserError, match="the train rows hold ties"):
+        trainer(tiny_pipeline("sd"), tmp_path, rows=pairs(8, labels=(1.0, 0.5)))

@@ -75,7 +75,8 @@ def test_bytes_of_weights_worked_out_by_hand():
 
 def measured(seconds: list[float], megabytes: float, losses: tuple[float, ...] = (0.5, 0.4)) -> dict:
     steps = [[loss, 1.0] for loss in losses]
-    return {"seconds": [[one, 2 * one] for one in seconds], "megabytes": megabytes, "steps": steps, "held": {}}
+    times = [[one, 2 * one] for one in seconds]
+    return {"seconds": times, "megabytes": megabytes, "tensors": megabytes / 10, "steps": steps, "held": {}}
 
 
 def test_ratios_are_medians_over_rounds():
@@ -89,7 +90,7 @@ def test_ratios_are_medians_over_rounds():
             "with encoders": measured([3.0, 6.0, 8.0], 120),
         },
     )
-    assert (found.time_ratio, found.wall_ratio, found.memory_ratio) == (2.0, 2.0, 0.6)
+    assert (found.time_ratio, found.wall_ratio, found.memory_ratio, found.tensors_ratio) == (2.0, 2.0, 0.6, 0.6)
     assert (found.low, found.high) == (1.0, 3.0)
     # Encoding adds a second to ours in the first epoch: 3 / 2, 6 / 3, 8 / 2; later 3, 3, 8.
     assert (found.first_epoch, found.later_epochs, found.encoded_memory_ratio) == (2.0, 3.0, 0.5)
