@@ -32,7 +32,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", list(CASES))
+SLOW = ("d3po-full", "pso")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+)
 def test_resumed_ends_as_uninterrupted(name: str, tmp_path: Path) -> None:
     recipe, options, weights = CASES[name]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
