@@ -9,11 +9,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmalign import __version__
-from llmalign.cli import data, iterate, pairs, quickstart, rewards, sampling, training
+from llmalign.cli import data, iterate, pairs, quickstart, rewards, sampling, training, winrate
 from llmalign.cli.common import USAGE_ERROR, is_main_process
 from llmalign.errors import UserError
 
-FAMILIES = (training, iterate, data, pairs, rewards, sampling, quickstart)  # in the order in which --help lists them
+FAMILIES = (
+    training,
+    iterate,
+    data,
+    pairs,
+    rewards,
+    sampling,
+    winrate,
+    quickstart,
+)  # in the order in which --help lists them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
