@@ -72,6 +72,11 @@ class AnswerCache:
             tokens = answer.prompt_tokens + answer.completion_tokens
             self._connection.execute("UPDATE budgets SET tokens = tokens + ? WHERE name = ?", (tokens, budget))
 
+    def forget(self, keys: Sequence[str]) -> None:
+        """Drop answers, so that they are asked for again; what they cost stays on the books."""
+        with self._transaction():
+            self._connection.executemany("DELETE FROM answers WHERE key = ?", [(key,) for key in keys])
+
     def take(self, budget: str, max_requests: int | None, max_tokens: int | None) -> bool:
         """Book one request unless the budget is spent, over all processes; whether it was booked."""
         with self._transaction():

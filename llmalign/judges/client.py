@@ -50,7 +50,8 @@ class JudgeClient:
     `timeout`: seconds for one request. `max_requests` and `max_tokens` bound what the budget called `budget` has spent
     in this cache file, earlier and killed runs included: every request that left this machine counts, also one that
     was answered by an error, and tokens as the judge reports them, so that requests in flight may exceed `max_tokens`.
-    `extra_body`: further parameters of every request; None takes one out. The key comes from the environment variable
+    `extra_body`: further parameters of every request; None takes one out. `who` is what messages call it: one that is
+    asked for answers, not for judgements, is no judge. The key comes from the environment variable
     `api_key_env` (None: no key) and appears nowhere.
 
     Raises UserError for settings that cannot be meant. Not covered: streams, and tokens of requests cut off by a kill.
@@ -71,15 +72,16 @@ class JudgeClient:
         budget: str = "default",
         extra_body: Mapping[str, Any] | None = None,
         backoff: float = 0.5,
+        who: str = "judge",
     ) -> None:
         if not model:
-            raise UserError("a judge needs the name of a model")
+            raise UserError(f"a {who} needs the name of a model")
         if concurrency < 1 or not timeout > 0 or not patience >= 0 or not backoff > 0:
-            raise UserError("a judge needs concurrency >= 1, timeout > 0, patience >= 0 and backoff > 0")
+            raise UserError(f"a {who} needs concurrency >= 1, timeout > 0, patience >= 0 and backoff > 0")
         if min(max_requests or 0, max_tokens or 0) < 0:
             raise UserError("max_requests and max_tokens are at least 0, or null for no limit")
-        self.model, self.budget = model, budget
-        self._endpoint = Endpoint(base_url, model, api_key_env=api_key_env, timeout=timeout)
+        self.model, self.budget, self._who = model, budget, who
+        self._endpoint = Endpoint(base_url, model, api_key_env=api_key_env, timeout=timeout, who=who)
         self._cache = AnswerCache(cache)
         self._concurrency, self._patience, self._backoff = concurrency, patience, backoff
         self._max_requests, self._max_tokens = max_requests, max_tokens
@@ -127,13 +129,24 @@ class JudgeClient:
         distinct = {question.key: question for question in questions}
         known = self._cache.find([key for key, question in distinct.items() if question.repeatable])
         self.found += len(known)
-        with tqdm(total=len(distinct), initial=len(known), desc="Judging", unit="request", disable=not progress) as bar:
+        with tqdm(
+            total=len(distinct),
+            initial=len(known),
+            desc="Judging" if self._who == "judge" else "Asking",
+            unit="request",
+            disable=not progress,
+        ) as bar:
             waiting = deque(question for key, question in distinct.items() if key not in known)
             call = _Call(waiting, dict(known), bar)
             self._show(call)
             if waiting:
                 self._answer(call)
         return [call.results[question.key] for question in questions]
+
+    def forget(self, requests: Sequence[ChatRequest]) -> None:
+        """Let answers go that turned out to be none, so that a later call asks again."""
+        if requests:
+            self._cache.forget([self._question(request).key for request in requests])
 
     def _question(self, request: ChatRequest) -> Question:
         body = request.body(self.model, self._extra)
@@ -277,8 +290,8 @@ class JudgeClient:
         self._cache.keep(question.key if question.repeatable else None, answer, self.budget)
         if self._max_tokens is not None and not completion.reported:
             raise JudgeStopped(
-                f"the judge at {self._endpoint.url} does not report the tokens it uses, so max_tokens cannot be kept; "
-                "set max_requests in its place"
+                f"the {self._who} at {self._endpoint.url} does not report the tokens it uses, so max_tokens cannot be "
+                "kept; set max_requests in its place"
             )
         self._proven = True
         return answer
@@ -295,15 +308,15 @@ class JudgeClient:
         if not self._gave_logprobs:
             self._cache.keep(None, completion.answer, self.budget)
             raise JudgeStopped(
-                f"the judge {self.model!r} at {self._endpoint.url} returns no log-probs of its first token; read its "
-                "answers as text (answers: text), or serve it with a server that returns them"
+                f"the {self._who} {self.model!r} at {self._endpoint.url} returns no log-probs of its first token; read "
+                "its answers as text (answers: text), or serve it with a server that returns them"
             )
         return "the judge returned no log-probs with this answer, though it did with others"
 
     def _silence(self, reason: str) -> JudgeStopped:
         return JudgeStopped(
-            f"the judge at {self._endpoint.url} has not answered within a patience of {self._patience:g} s ({reason}); "
-            "what it answered before is kept: repeat the command when it is back"
+            f"the {self._who} at {self._endpoint.url} has not answered within a patience of {self._patience:g} s "
+            f"({reason}); what it answered before is kept: repeat the command when it is back"
         )
 
     def _delay(self, tries: int, outcome: Again, now: float) -> float:
@@ -320,8 +333,8 @@ class JudgeClient:
             first, self._silent = not self._silent, True
         if first:
             logger.warning(
-                "The judge at %s does not answer (%s); it is asked again for up to %g s.",
-                self._endpoint.url, outcome.reason, self._patience,
+                "The %s at %s does not answer (%s); it is asked again for up to %g s.",
+                self._who, self._endpoint.url, outcome.reason, self._patience,
             )  # fmt: skip
 
     def _show(self, call: _Call) -> None:
@@ -332,7 +345,7 @@ class JudgeClient:
         by_requests = self._max_requests is not None and requests >= self._max_requests
         limit, setting = (self._max_requests, "requests") if by_requests else (self._max_tokens, "tokens")
         return (
-            f"the judge's budget {self.budget!r} of {limit} {setting} is spent ({requests} requests and {tokens} "
+            f"the {self._who}'s budget {self.budget!r} of {limit} {setting} is spent ({requests} requests and {tokens} "
             f"tokens over all runs); {answered} of {total} questions are answered and kept in {self._cache.path}: "
             f"raise max_{setting} and repeat the command to go on"
         )

@@ -68,8 +68,11 @@ class Endpoint:
     imported, when the first request is sent. Raises UserError for a URL that is none or that holds a password.
     """
 
-    def __init__(self, base_url: str, model: str, *, api_key_env: str | None, timeout: float) -> None:
+    def __init__(
+        self, base_url: str, model: str, *, api_key_env: str | None, timeout: float, who: str = "judge"
+    ) -> None:
         self.url = _checked_url(base_url)
+        self._who = who
         self._model, self._api_key_env, self._timeout = model, api_key_env, timeout
         self._client: Any = None
         self._key: str | None = None
@@ -112,28 +115,28 @@ class Endpoint:
         except openai.APIConnectionError as error:
             return Again(f"connection failed: {self._clean(str(error.__cause__ or error))}", sent=_was_sent(error))
         except MalformedAnswer as error:
-            return Again(f"the judge answered with {self._clean(str(error))}", malformed=True)
+            return Again(f"the {self._who} answered with {self._clean(str(error))}", malformed=True)
         except ValueError:  # what is no JSON, and bytes that are no text
-            return Again("the judge answered with what is no JSON", malformed=True)
+            return Again(f"the {self._who} answered with what is no JSON", malformed=True)
 
     def _of_status(self, status: int, body: Any, headers: Mapping[str, str]) -> Outcome:
         said = f"HTTP {status}: {self._clean(error_message(body))}" if body else f"HTTP {status}"
         no_money = status == 402 or (status == 429 and "insufficient_quota" in json.dumps(body))
         if no_money:
-            return Halt(f"the judge at {self.url} wants to be paid first ({said})")
+            return Halt(f"the {self._who} at {self.url} wants to be paid first ({said})")
         if status in _AGAIN or status >= 500:
             return Again(said, after=_retry_after(headers))
         if status in _ROW_ALONE:
             return Refused(said)
         if status in (401, 403):
             # What the server says here may quote the key in part.
-            return Halt(f"the judge at {self.url} refuses {self._key_in_words()} (HTTP {status})")
+            return Halt(f"the {self._who} at {self.url} refuses {self._key_in_words()} (HTTP {status})")
         if status == 404:
             return Halt(
-                f"the judge at {self.url} does not know the model {self._model!r}, or base_url is wrong: it usually "
-                f"ends in /v1 ({said})"
+                f"the {self._who} at {self.url} does not know the model {self._model!r}, or base_url is wrong: it "
+                f"usually ends in /v1 ({said})"
             )
-        return Halt(f"the judge at {self.url} cannot be asked ({said})")
+        return Halt(f"the {self._who} at {self.url} cannot be asked ({said})")
 
     def _key_in_words(self) -> str:
         if self._key:
@@ -148,8 +151,8 @@ class Endpoint:
         key = os.environ.get(self._api_key_env, "").strip()
         if not key and not _is_loopback(self.url):
             raise UserError(
-                f"the judge at {self.url} needs an API key: put it into the environment variable {self._api_key_env}, "
-                "or set api_key_env to null for a server that wants none"
+                f"the {self._who} at {self.url} needs an API key: put it into the environment variable "
+                f"{self._api_key_env}, or set api_key_env to null for a server that wants none"
             )
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"the environment variable {self._api_key_env} holds characters that no API key has")

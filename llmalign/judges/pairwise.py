@@ -26,7 +26,8 @@ class PairwiseJudge:
     the two are averaged; else AlpacaEval's rule with `order_seed` says, from the prompt, which answer stands first.
     `template` is the question (`Template`); a template of one's own that names other letters needs `letters`.
     `max_tokens` None: 1 for log-probs, 16 for text. A row without an answer that can be read is NaN, counted in
-    `failed`, and each reason is logged once. Identical answers are 0.5 without a question.
+    `failed`, each reason logged once, and asked for again by the next call that needs it. Identical answers are 0.5
+    without a question.
 
     Raises UserError for settings that cannot be meant. Not covered: answers that reason before they name a letter.
     """
@@ -73,7 +74,7 @@ class PairwiseJudge:
             for prompt, a, b in zip(prompts, first, second, strict=True)
         ]
         asked = [(index, turned) for index, row in enumerate(rows) for turned in self._orders(*row)]
-        replies = self.client.ask([self._request(*rows[index], turned) for index, turned in asked], self._progress)
+        replies = self._ask([self._request(*rows[index], turned) for index, turned in asked])
         scores: list[list[float]] = [[] for _ in rows]
         for (index, turned), reply in zip(asked, replies, strict=True):
             shown_first = self._read(reply)
@@ -81,6 +82,27 @@ class PairwiseJudge:
         means = [math.fsum(row) / len(row) if row else 0.5 for row in scores]
         self.failed += sum(map(math.isnan, means))
         return means
+
+    def _ask(self, requests: list[ChatRequest]) -> list[Answer | Failure]:
+        """The judge's replies; what cannot be read is not kept, and one that an earlier run left is asked for again."""
+        replies = self.client.ask(requests, self._progress)
+        unread = [i for i, reply in enumerate(replies) if self._is_unread(reply)]
+        self.client.forget([requests[i] for i in unread])
+        old = [i for i in unread if replies[i].cached]  # type: ignore[union-attr]  # what is unread is an answer
+        if old:
+            for i, reply in zip(old, self.client.ask([requests[i] for i in old], self._progress), strict=True):
+                replies[i] = reply
+            self.client.forget([requests[i] for i in old if self._is_unread(replies[i])])
+        return replies
+
+    def _is_unread(self, reply: Answer | Failure) -> bool:
+        return isinstance(reply, Answer) and self._found(reply) is None
+
+    def _found(self, answer: Answer) -> float | None:
+        """P(the answer shown first is better), None where it cannot be read."""
+        if self._by_logprobs:
+            return logprob_preference(answer.first_token_logprobs or {}, self._letters)
+        return letter_preference(answer.text, self._letters)
 
     def _orders(self, prompt: str, first: str, second: str) -> list[bool]:
         """In which orders a pair is shown; True is turned round."""
@@ -101,10 +123,7 @@ class PairwiseJudge:
     def _read(self, reply: Answer | Failure) -> float:
         if isinstance(reply, Failure):
             return self._lost(reply.message)
-        if self._by_logprobs:
-            found = logprob_preference(reply.first_token_logprobs or {}, self._letters)
-        else:
-            found = letter_preference(reply.text, self._letters)
+        found = self._found(reply)
         if found is not None:
             return found
         if self._by_logprobs:

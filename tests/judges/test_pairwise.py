@@ -153,3 +153,23 @@ def test_settings_that_cannot_be_meant(client: Clients, options: dict, said: str
 def test_answers_that_do_not_match_their_prompts(client: Clients) -> None:
     with pytest.raises(UserError, match="2 prompts need as many answers, got 1 and 2"):
         PairwiseJudge(client(), answers="text").score(["a", "b"], ["x"], ["x", "y"])
+
+
+def test_an_answer_that_cannot_be_read_is_asked_for_again(judge: ScriptedJudge, client: Clients) -> None:
+    """It is paid for, and not kept: the next call asks, and what is read then is kept."""
+    judge.answer = lambda body, times: Reply(completion("hm" if times < 2 else "A"))
+    for call, (expected, asked) in enumerate([(math.nan, 1), (math.nan, 2), (1.0, 3), (1.0, 3)]):
+        scorer = PairwiseJudge(client(), answers="text", template=SHORT)
+        score = scorer.score(["q"], ["x"], ["y"])[0]
+        turned = is_switched("q")
+        assert score == pytest.approx(1 - expected if turned else expected, nan_ok=True), call
+        assert len(judge.questions) == asked
+
+
+def test_an_unread_answer_that_a_killed_run_left_is_asked_for_again(judge: ScriptedJudge, client: Clients) -> None:
+    judge.answer = lambda body, times: Reply(completion("hm" if times < 1 else "B"))
+    scorer = PairwiseJudge(client(), answers="text", template=SHORT, both_orders=False)
+    request = scorer._request("q", "x", "y", is_switched("q"))
+    scorer.client.ask([request])
+    assert scorer.score(["q"], ["x"], ["y"]) == [1.0 if is_switched("q") else 0.0]
+    assert len(judge.questions) == 2
