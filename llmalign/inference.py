@@ -29,6 +29,18 @@ def model_name(model: str) -> str:
     return f"{folder.parent.name}/{folder.name}" if _CHECKPOINT.fullmatch(folder.name) else folder.name
 
 
+def model_identity(model: str) -> str:
+    """What stands for a model's weights: sizes and times of the files of a folder, or its name.
+
+    Cheap, and enough to notice that a folder was trained further; a Hub name's newer revision is not noticed.
+    """
+    path = _folder(model)
+    if not Path(path).is_dir():
+        return path
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".json", ".bin"))
+    return " ".join([path, *(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)])
+
+
 def load_for_inference(
     model: str,
     *,

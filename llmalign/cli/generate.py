@@ -1,0 +1,111 @@
+"""`llmalign generate`."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from llmalign.cli.common import SOMETHING_WRONG, console
+from llmalign.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+GENERATE_HELP = """\
+MODEL is a run's folder, a checkpoint, an adapter (put on its base, or on --base), a model's folder, a Hub name or
+embedded:tiny; with --url it is a model's name at an OpenAI-compatible endpoint. Prompts are a .txt file, one a line,
+or rows (.json, .jsonl, .gz) with `instruction` or `prompt`, texts or conversations. Writes AlpacaEval's
+model_outputs.json: instruction, output, generator. The chat template is used where the tokenizer has one. Stopped
+anywhere, the same command goes on and ends with the same answers.
+
+  llmalign generate runs/rpo --prompts prompts.jsonl --out outputs.json
+  llmalign generate gpt-4o --url https://api.openai.com/v1 --prompts prompts.jsonl --out reference.json
+"""
+
+
+def add(commands: Any, layout: dict[str, Any]) -> None:
+    """Add the parser to the command line's grammar; `layout` holds what all parsers share."""
+    command = commands.add_parser("generate", help="a model's answers to prompts", description=GENERATE_HELP, **layout)
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("--prompts", required=True, metavar="FILE")
+    command.add_argument("--out", required=True, metavar="FILE", help="model_outputs.json")
+    command.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
+    command.add_argument("--max_rows", type=int, metavar="N", help="the first N prompts alone")
+    command.add_argument("--name", metavar="GENERATOR", help="the outputs' generator (the model's name)")
+    add_sampling_arguments(command)
+    command.add_argument("--url", metavar="URL", help="of an endpoint; it usually ends in /v1")
+    command.add_argument("--api_key_env", metavar="NAME", help="variable that holds its key (OPENAI_API_KEY; none: '')")
+    command.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (8)")
+    command.add_argument("--cache", metavar="FILE", help="the endpoint's answers (answers.sqlite beside --out)")
+    command.set_defaults(run=_generate)
+
+
+def add_sampling_arguments(command: argparse.ArgumentParser) -> None:
+    """The options that say how answers are drawn."""
+    drawn = command.add_argument_group("how answers are drawn")
+    drawn.add_argument("--max_new_tokens", type=int, default=2048, metavar="N", help="of an answer (2048)")
+    drawn.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+    drawn.add_argument("--top_p", type=float, default=1.0, metavar="P", help="nucleus (1)")
+    drawn.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
+    drawn.add_argument("--batch_size", type=int, default=16, metavar="B", help="prompts at a time (16)")
+    drawn.add_argument("--system", metavar="TEXT", help="a system message")
+    drawn.add_argument("--raw", action="store_true", help="prompts as they are, without the chat template")
+    drawn.add_argument("--base", metavar="MODEL", help="what an adapter is put on")
+    drawn.add_argument("--dtype", metavar="TYPE", help="of the weights (bfloat16 on a GPU that has it, else float32)")
+
+
+def sampling_of(options: argparse.Namespace) -> Any:
+    """How answers are drawn, checked."""
+    from llmalign.evaluation.generate import Sampling
+
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size", "system", "raw")
+    return Sampling(**{name: vars(options)[name] for name in names})
+
+
+def _generate(options: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        raise UserError(f"generate does not know {' '.join(rest)}.")
+    if options.max_rows is not None and options.max_rows < 1:
+        raise UserError(f"--max_rows is at least 1, not {options.max_rows}.")
+    out = Path(options.out)
+    if out.exists() and not options.overwrite:
+        raise UserError(f"--out {out} is there already: give --overwrite to replace it, or another --out.")
+    from llmalign.evaluation.generate import read_prompts
+
+    sampling = sampling_of(options)
+    prompts = read_prompts(options.prompts)[: options.max_rows]
+    if options.url:
+        return _remotely(options, prompts, sampling, out)
+    rows = generate_with(options.model, prompts, sampling, out, options, name=options.name)
+    console().print(f"{len(rows)} answers: {out}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def generate_with(
+    model: str, prompts: Any, sampling: Any, out: Path, options: argparse.Namespace, *, name: str | None = None
+) -> list[dict[str, Any]]:
+    """Load a model and let it answer; its rows, which `out` holds."""
+    from llmalign.evaluation.generate import generate_locally
+    from llmalign.inference import load_for_inference, model_identity, model_name
+
+    loaded, tokenizer = load_for_inference(model, base=options.base, dtype=options.dtype)
+    identity = f"{model_identity(model)} on {options.base} in {loaded.dtype}"
+    return generate_locally(
+        loaded, tokenizer, prompts, sampling, generator=name or model_name(model), identity=identity, out=out
+    )
+
+
+def _remotely(options: argparse.Namespace, prompts: Any, sampling: Any, out: Path) -> int:
+    from llmalign.cli.judging import key_variable
+    from llmalign.evaluation.generate import generate_remotely
+    from llmalign.judges import JudgeClient
+
+    if options.base or options.raw:
+        raise UserError("--base and --raw are for models that are loaded here, not for an endpoint.")
+    cache = options.cache or out.parent / "answers.sqlite"
+    with JudgeClient(
+        options.model, options.url, cache=cache, api_key_env=key_variable(options), concurrency=options.concurrency,
+        who="model", extra_body=None if options.top_p == 1 else {"top_p": options.top_p},
+    ) as client:  # fmt: skip
+        rows, failed = generate_remotely(client, prompts, sampling, generator=options.name or options.model, out=out)
+    console().print(f"{len(rows)} answers, {failed} failed: {out}", markup=False, highlight=False, soft_wrap=True)
+    return SOMETHING_WRONG if failed else 0
