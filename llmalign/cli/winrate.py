@@ -32,11 +32,7 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
     """Add the parser to the command line's grammar; `layout` holds what all parsers share."""
     command = commands.add_parser("winrate", help="win rates of judged outputs", description=WINRATE_HELP, **layout)
     command.add_argument("annotations", metavar="ANNOTATIONS", nargs="+")
-    command.add_argument("--constants", metavar="FILE", help="AlpacaEval's constants (.json, .json.gz; else the Hub's)")
-    command.add_argument("--no_constants", action="store_true", help="control length without difficulties")
-    command.add_argument(
-        "--alignment", choices=("instruction", "position"), default="instruction", help="of difficulties"
-    )
+    add_constants_arguments(command)
     command.add_argument("--mode", default="community", help="the leaderboard's column mode (community)")
     command.add_argument("--leaderboard", metavar="CSV", help="put the models into this leaderboard.csv")
     command.add_argument("--json", metavar="OUT", help="write the numbers as JSON")
@@ -46,8 +42,6 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
 def _winrate(options: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         raise UserError(f"winrate does not know {' '.join(rest)}.")
-    if options.constants and options.no_constants:
-        raise UserError("--constants names difficulties and --no_constants does without: give one of them.")
     from llmalign.evaluation.alpaca import summarize
     from llmalign.evaluation.annotations import read_annotations, write_json
     from llmalign.evaluation.leaderboard import update_leaderboard
@@ -55,7 +49,7 @@ def _winrate(options: argparse.Namespace, rest: list[str]) -> int:
     rows = {path: read_annotations(path) for path in options.annotations}
     if len(rows) < len(options.annotations):
         raise UserError("A file of annotations is named twice: name each once.")
-    constants = _constants(options, rows)
+    constants = constants_of(options, list(rows.values()))
     found: dict[str, Any] = {}
     for path, own in rows.items():
         summary = summarize(own, constants=constants, alignment=options.alignment, mode=options.mode)
@@ -76,13 +70,24 @@ def _winrate(options: argparse.Namespace, rest: list[str]) -> int:
     return SOMETHING_WRONG if any(not summary.n_rows for summary in found.values()) else 0
 
 
-def _constants(options: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) -> Any:
+def add_constants_arguments(command: argparse.ArgumentParser) -> None:
+    """The options that say with which difficulties length is controlled."""
+    command.add_argument("--constants", metavar="FILE", help="AlpacaEval's constants (.json, .json.gz; else the Hub's)")
+    command.add_argument("--no_constants", action="store_true", help="control length without difficulties")
+    command.add_argument(
+        "--alignment", choices=("instruction", "position"), default="instruction", help="of difficulties"
+    )
+
+
+def constants_of(options: argparse.Namespace, files: list[list[dict[str, Any]]]) -> Any:
     """The constants where a row is AlpacaEval's; None, with a word, where they cannot be had."""
     from llmalign.evaluation.constants import instruction_index, load_constants
 
+    if options.constants and options.no_constants:
+        raise UserError("--constants names difficulties and --no_constants does without: give one of them.")
     if options.constants:
         return load_constants(options.constants)
-    ours = any(instruction_index(row) is not None for own in rows.values() for row in own)
+    ours = any(instruction_index(row) is not None for own in files for row in own)
     if options.no_constants or not (ours or options.alignment == "position"):
         return None
     try:

@@ -182,7 +182,9 @@ def _controlled(
     if is_baseline:
         return 50.0, 0.0
     if constants is None:
-        return _mean_and_error(_without_difficulty(rows, "AlpacaEval's constants are not at hand", warnings))
+        theirs = any(instruction_index(row) is not None for row in rows)
+        why = "AlpacaEval's constants are not at hand" if theirs else "the instructions are not AlpacaEval's"
+        return _mean_and_error(_without_difficulty(rows, why, warnings))
     places = _places(rows, alignment, warnings)
     kept = [(row, place) for row, place in zip(rows, places, strict=True) if place is not None]
     if not kept:

@@ -1,0 +1,95 @@
+"""`llmalign evaluate` from end to end on the embedded model and an adapter of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from llmalign.cli import main
+from llmalign.inference import load_for_inference
+
+JUDGES = """
+asked = []
+
+def shorter(prompts, first, second):
+    asked.extend(prompts)
+    return [float(len(a) < len(b)) if len(a) != len(b) else 0.5 for a, b in zip(first, second)]
+"""
+PROMPTS = [{"instruction": f"Tell me about outing {i}", "dataset": f"set {i % 2}"} for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    model, tokenizer = load_for_inference("embedded:tiny", dtype="float32", device="cpu")
+    torch.manual_seed(0)
+    get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear")).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, adapter: Path) -> list[str]:
+    (tmp_path / "judges.py").write_text(JUDGES)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    return [
+        "evaluate", str(adapter), "--out", str(tmp_path / "out"), "--prompts", str(tmp_path / "p.jsonl"),
+        "--function", f"{tmp_path}/judges.py:shorter", "--max_new_tokens", "16",
+    ]  # fmt: skip
+
+
+def test_everything_in_one_folder(arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main([*arguments, "--pairs", "sample:pairs", "--max_rows", "8"]) == 0
+    out = tmp_path / "out"
+    found = json.loads((out / "evaluation.json").read_text())
+    annotations = json.loads((out / "annotations.json").read_text())
+    assert found["winrate"]["n_rows"] == 8 == len(annotations) == found["prompts"]["rows"]
+    rate = 100 * sum(row["preference"] - 1 for row in annotations) / 8
+    assert found["winrate"]["win_rate"] == found["interval"]["mean"] == pytest.approx(rate)
+    assert [row["dataset"] for row in found["per_dataset"]] == ["set 0", "set 1"]
+    assert found["model"] == "lora" and found["judge"]["kind"] == "function"
+    assert found["accuracy"]["by"] == "log-ratio to the start" and 0 < found["accuracy"]["mean"] < 1
+    assert (out / "leaderboard.csv").read_text().count("\n") == 2
+    made = (out / "model_outputs.json").stat().st_mtime_ns
+    caplog.clear()
+    assert main([*arguments, "--max_rows", "8"]) == 0
+    assert (out / "model_outputs.json").stat().st_mtime_ns == made and "is there already" in caplog.text
+    assert "8 kept from before" in caplog.text
+    assert main([*arguments, "--max_rows", "8", "--max_new_tokens", "5"]) == 0
+    assert (out / "model_outputs.json").stat().st_mtime_ns != made
+
+
+def test_a_file_is_a_reference_too(arguments: list[str], tmp_path: Path) -> None:
+    rows = [{"instruction": row["instruction"], "output": "x" * 400, "generator": "wordy"} for row in PROMPTS]
+    (tmp_path / "ref.json").write_text(json.dumps(rows))
+    assert main([*arguments, "--reference", str(tmp_path / "ref.json")]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["reference"] == "wordy" and found["winrate"]["win_rate"] == 100
+
+
+def test_pairs_alone(adapter: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", str(adapter), "--out", str(tmp_path / "o"), "--pairs", "sample:pairs", "--max_rows", "6"]
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "o" / "evaluation.json").read_text())
+    assert found["winrate"] is None and found["accuracy"]["n"] > 6  # --max_rows is of the prompts
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["evaluate", "embedded:tiny"], "nothing to measure"),
+        (["evaluate", "embedded:tiny", "--prompts", "p.txt"], "A judge needs --prompts"),
+        (["evaluate", "embedded:tiny", "--pairs", "sample:pairs", "--max_truncated", "1"], "as they are"),
+        (["evaluate", "embedded:tiny", "--benchmarks", "x", "--nonsense", "1"], "does not know --nonsense"),
+    ],
+)
+def test_what_cannot_be_meant(change: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(change) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_start_that_is_not_known_is_asked_for(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([arguments[0], "embedded:tiny", *arguments[2:]]) == 2
+    assert "name its reference with --reference" in capsys.readouterr().err
