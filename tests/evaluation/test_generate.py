@@ -10,7 +10,7 @@ from llmalign.cli import main
 from llmalign.embedded import ensure_tiny
 from llmalign.errors import UserError
 from llmalign.evaluation import generate
-from llmalign.evaluation.generate import Prompt, Sampling, generate_locally, read_prompts
+from llmalign.evaluation.generate import Prompt, Sampling, generate_locally, prompt_ids
 from llmalign.inference import load_for_inference
 
 PROMPTS = [Prompt(f"Tell me about number {i} and {'the fox ' * (i % 4)}", "set") for i in range(11)]
@@ -57,7 +57,7 @@ def test_interrupted_equals_uninterrupted(tiny, tmp_path: Path, monkeypatch: pyt
         answers(tiny, tmp_path / "o.json", temperature=1.0)
     monkeypatch.setattr(generate, "sample_groups", sample)
     partial = tmp_path / "o.json.partial.jsonl"
-    assert len(partial.read_text().splitlines()) == 1 + generate.BATCHES and not (tmp_path / "o.json").exists()
+    assert len(partial.read_text().splitlines()) == 2 and not (tmp_path / "o.json").exists()
     if torn:
         partial.write_text(partial.read_text()[:-9])
     assert answers(tiny, tmp_path / "o.json", temperature=1.0) == whole
@@ -65,44 +65,76 @@ def test_interrupted_equals_uninterrupted(tiny, tmp_path: Path, monkeypatch: pyt
 
 
 def test_another_models_rest_is_not_gone_on_with(tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "o.json.partial.jsonl").write_text('{"of": "else"}\n{"place": 0, "output": "wrong"}\n')
-    assert answers(tiny, tmp_path / "o.json")[0]["output"] != "wrong"
+    (tmp_path / "o.json.partial.jsonl").write_text('{"of": "else"}\n{"batch": 0, "outputs": ["wrong"], "cut": 0}\n')
+    assert "wrong" not in {row["output"] for row in answers(tiny, tmp_path / "o.json")}
     assert "begun anew" in caplog.text
 
 
-def test_cut_answers_are_counted_and_full_prompts_refused(tiny, tmp_path: Path, caplog) -> None:
+def test_batches_do_not_change_greedy_answers(tiny, tmp_path: Path) -> None:
+    assert answers(tiny, tmp_path / "a.json", batch_size=4) == answers(tiny, tmp_path / "b.json")
+
+
+def test_the_context_bounds_answers_and_what_it_does_is_said(tiny, tmp_path: Path, caplog) -> None:
+    """A prompt that fills it has no answer, one that nearly does a short one, and the others what was asked."""
+    model, tokenizer = tiny
+    fox = tokenizer("fox" * 60)["input_ids"]
+    prompts = [Prompt("the"), Prompt(tokenizer.decode(fox[:37])), Prompt(tokenizer.decode(fox[:40])), Prompt("a")]
+    lengths = [len(ids) for ids in prompt_ids(tokenizer, prompts, Sampling(raw=True))]
+    assert lengths[1] < lengths[2]
+    drawn: list[int] = []
+    context = model.config.max_position_embeddings
+    model.config.max_position_embeddings = lengths[2]
+    try:
+        with caplog.at_level("INFO"), pytest.MonkeyPatch.context() as patch:
+            sample = generate.sample_groups
+
+            def watched(*arguments, **options):
+                drawn.append(options["max_new_tokens"])
+                return sample(*arguments, **options)
+
+            patch.setattr(generate, "sample_groups", watched)
+            rows = answers(tiny, tmp_path / "o.json", prompts, raw=True, batch_size=4, max_new_tokens=12)
+    finally:
+        model.config.max_position_embeddings = context
+    assert drawn == [lengths[2] - lengths[1], 12] and rows[2]["output"] == ""
+    assert "1 prompts fill the model's context" in caplog.text and "such as prompt 3" in caplog.text
+    assert "1 answers may have at least" in caplog.text and "answers are empty" not in caplog.text
+
+
+def test_cut_answers_are_counted(tiny, tmp_path: Path, caplog) -> None:
     answers(tiny, tmp_path / "o.json", max_new_tokens=1)
     assert "11 of 11 answers did not end by themselves" in caplog.text
-    context = tiny[0].config.max_position_embeddings
-    with pytest.raises(UserError, match=f"1 prompts fill the model's whole context of {context} tokens, .* row 1"):
-        answers(tiny, tmp_path / "p.json", [Prompt("a"), Prompt("fox " * context)])
+
+
+def test_what_needs_a_chat_template_is_refused_without(tiny, tmp_path: Path) -> None:
+    chat = Prompt(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    )
+    with pytest.raises(UserError, match="prompt 2 is a conversation, which needs a chat template"):
+        answers(tiny, tmp_path / "o.json", [Prompt("a"), chat], raw=True)
+    assert answers(tiny, tmp_path / "o.json", [chat])[0]["instruction"] == "user: a\nassistant: b\nuser: c"
+
+
+def test_a_system_message_comes_first_but_not_twice(tiny) -> None:
+    _, tokenizer = tiny
+    own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "a"}]
+    with_system, kept = prompt_ids(tokenizer, [Prompt("a"), Prompt(own)], Sampling(system="be brief"))
+    assert "be brief" in tokenizer.decode(with_system)
+    assert "mine" in tokenizer.decode(kept) and "be brief" not in tokenizer.decode(kept)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "p.jsonl"
     chat = [{"role": "user", "content": "hello"}]
-    prompts.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in ("tell me", chat)))
+    prompts.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in ("tell me", chat, "more")))
     arguments = ["generate", str(ensure_tiny()), "--prompts", str(prompts), "--out", str(tmp_path / "o.json")]
-    assert main([*arguments, "--max_new_tokens", "4", "--name", "me"]) == 0
+    assert main([*arguments, "--max_new_tokens", "4", "--name", "me", "--max_rows", "2"]) == 0
     rows = json.loads((tmp_path / "o.json").read_text())
-    assert [row["generator"] for row in rows] == ["me", "me"] and rows[1]["instruction"] == "user: hello"
+    assert [row["generator"] for row in rows] == ["me", "me"] and rows[1]["instruction"] == "hello"
     assert main(arguments) == 2 and "--overwrite" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        ('{"text": "x"}', "row 0 of .* has no text in 'instruction' or 'prompt'"),
-        ('{"prompt": " "}', "no text"),
-        ('{"prompt": [{"role": "user"}]}', "no text"),
-        ("", "no prompt"),
-        ("{", "line 1 of"),
-    ],
-)
-def test_bad_prompts_are_named(tmp_path: Path, text: str, said: str) -> None:
-    (tmp_path / "p.jsonl").write_text(text)
-    with pytest.raises(UserError, match=said):
-        read_prompts(tmp_path / "p.jsonl")
+    assert main([*arguments, "--overwrite", "--typo", "1"]) == 2 and "no option --typo" in capsys.readouterr().err
+    assert main([*arguments, "--url", "http://127.0.0.1:9/v1", "--raw"]) == 2
+    assert "loaded here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
