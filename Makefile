@@ -7,7 +7,7 @@ STAMP := $(VENV)/.llmalign-installed
 EDITABLE := --config-settings editable_mode=compat -e
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup quickstart quickstart-images test test-all lint format claims bench bench-images clean
+.PHONY: help setup quickstart quickstart-images test test-all lint format claims bench bench-images bench-evaluation clean
 
 help:
 	@echo "make quickstart   align a small language model and measure it (about 4 minutes, no download)"
@@ -17,6 +17,7 @@ help:
 	@echo "make claims       what the papers claim, measured (two hours on two idle cores)"
 	@echo "make bench        time and memory of a step beside TRL (two hours; ARGS='--case k8' runs one case)"
 	@echo "make bench-images  the same for images, beside a plain reading of the public scripts (an hour)"
+	@echo "make bench-evaluation  how long win rates and their report take (a minute)"
 
 setup: $(STAMP)
 
@@ -62,6 +63,9 @@ bench: setup
 
 bench-images: setup
 	$(BIN)/python scripts/bench_images.py $(ARGS)
+
+bench-evaluation: setup
+	$(BIN)/python scripts/bench_evaluation.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -9,7 +9,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmalign import __version__
-from llmalign.cli import data, iterate, pairs, quickstart, rewards, sampling, training, winrate
+from llmalign.cli import (
+    chat,
+    data,
+    evaluate,
+    export,
+    generate,
+    hub,
+    iterate,
+    judge,
+    pairs,
+    quickstart,
+    rewards,
+    sampling,
+    training,
+    winrate,
+)
 from llmalign.cli.common import USAGE_ERROR, is_main_process
 from llmalign.errors import UserError
 
@@ -20,7 +35,13 @@ FAMILIES = (
     pairs,
     rewards,
     sampling,
+    generate,
+    judge,
     winrate,
+    evaluate,
+    chat,
+    export,
+    hub,
     quickstart,
 )  # in the order in which --help lists them
 

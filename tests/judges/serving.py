@@ -3,77 +3,25 @@
 Run as a script, it serves: `python serving.py MODEL.gguf PORT`; port 0 takes a free one, and the address is printed.
 """
 
-import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
 CONTEXT = 4096
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
 
 def write_gguf(folder: Path, path: Path, *, context: int = CONTEXT) -> None:
-    """Convert a Hugging Face Llama with a BPE of Llama 2's kind (spaces as ▁, bytes as <0x..>) to GGUF in float32.
+    """Write the model in `folder` as GGUF in float32, with the chat template of these tests.
 
     `context` is what a server will hold at most: more than the model was trained on serves as well for tests.
     """
-    import gguf
-    from safetensors.numpy import load_file
+    from llmalign.export.gguf import export_gguf
+    from llmalign.inference import load_for_inference
 
-    config = json.loads((folder / "config.json").read_text())
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(context)
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(groups)
-    writer.add_rope_dimension_count(config["hidden_size"] // heads)
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    _add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text())["model"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = _interleave(tensor, heads if "q_proj" in name else groups)
-        target = names.get_name(name, try_suffixes=(".weight",))
-        assert target is not None, name
-        writer.add_tensor(target, np.ascontiguousarray(tensor, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows as llama.cpp rotates them: neighbours, where transformers takes the two halves of a head."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def _add_tokenizer(writer, bpe: dict) -> None:
-    # Pieces are joined by score, the best first: the earliest merge.
-    scores = {"".join(pair): -float(rank) for rank, pair in enumerate(bpe["merges"])}
-    tokens = sorted(bpe["vocab"], key=bpe["vocab"].__getitem__)
-    kinds = {"<unk>": _UNKNOWN, "<s>": _CONTROL, "</s>": _CONTROL}
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([scores.get(token, -1e6) for token in tokens])
-    writer.add_token_types([_BYTE if token.startswith("<0x") else kinds.get(token, _NORMAL) for token in tokens])
-    for add, name in (
-        (writer.add_unk_token_id, "<unk>"),
-        (writer.add_bos_token_id, "<s>"),
-        (writer.add_eos_token_id, "</s>"),
-    ):
-        add(bpe["vocab"][name])
-    writer.add_add_bos_token(True)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    model, tokenizer = load_for_inference(str(folder), dtype="float32", device="cpu")
+    export_gguf(model, tokenizer, path, dtype="f32", context=context, chat_template=CHAT_TEMPLATE)
 
 
 class LlamaServer:

@@ -13,6 +13,7 @@ PAGES = sorted(
     path
     for path in (
         ROOT / "README.md",
+        ROOT / "EVALUATION.md",
         *ROOT.glob("trainers/**/*.md"),
         *ROOT.glob("data/*.md"),
         *ROOT.glob("accelerate_configs/*.md"),

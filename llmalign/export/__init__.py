@@ -1,0 +1,1 @@
+"""Trained text models as other programs take them: adapters merged into their base, and GGUF files for llama.cpp."""
