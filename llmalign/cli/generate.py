@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ logger = logging.getLogger(__name__)
 GENERATE_HELP = """\
 MODEL is a run's folder, a checkpoint, an adapter (put on its base, or on --base), a model's folder, a Hub name or
 embedded:tiny; with --url it is a model's name at an OpenAI-compatible endpoint. Prompts are a .txt file, one a line,
-or rows (.json, .jsonl, .gz) with `instruction` or `prompt`, texts or conversations. Writes AlpacaEval's
-model_outputs.json: instruction, output, generator. The chat template is used where the tokenizer has one. Stopped
-anywhere, the same command goes on and ends with the same answers.
+or rows with a column `instruction` or `prompt`, texts or conversations, read as for doctor (--split, --columns,
+--where, --max_rows). Writes AlpacaEval's model_outputs.json: instruction, output, generator, and dataset where the
+rows have it. The chat template is used where the tokenizer has one; a model trained on plain texts wants --raw.
+Stopped anywhere, the same command goes on and ends with the same answers. A prompt that an endpoint has no answer to is
+counted, has an `error`, and is asked again by the same command; exits with 1 while there are such.
 
-  llmalign generate runs/rpo --prompts prompts.jsonl --out outputs.json
+  llmalign generate runs/rpo --prompts prompts.jsonl --out outputs.json --batch_size 32
+  llmalign generate runs/rpo --prompts pairs.parquet --out outputs.json --where '{split: test}' --max_rows 200
   llmalign generate gpt-4o --url https://api.openai.com/v1 --prompts prompts.jsonl --out reference.json
 """
 
@@ -29,7 +33,6 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
     command.add_argument("--prompts", required=True, metavar="FILE")
     command.add_argument("--out", required=True, metavar="FILE", help="model_outputs.json")
     command.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
-    command.add_argument("--max_rows", type=int, metavar="N", help="the first N prompts alone")
     command.add_argument("--name", metavar="GENERATOR", help="the outputs' generator (the model's name)")
     add_sampling_arguments(command)
     command.add_argument("--url", metavar="URL", help="of an endpoint; it usually ends in /v1")
@@ -62,22 +65,41 @@ def sampling_of(options: argparse.Namespace) -> Any:
 
 
 def _generate(options: argparse.Namespace, rest: list[str]) -> int:
-    if rest:
-        raise UserError(f"generate does not know {' '.join(rest)}.")
-    if options.max_rows is not None and options.max_rows < 1:
-        raise UserError(f"--max_rows is at least 1, not {options.max_rows}.")
-    out = Path(options.out)
-    if out.exists() and not options.overwrite:
-        raise UserError(f"--out {out} is there already: give --overwrite to replace it, or another --out.")
-    from llmalign.evaluation.generate import read_prompts
-
-    sampling = sampling_of(options)
-    prompts = read_prompts(options.prompts)[: options.max_rows]
+    out, sampling = Path(options.out), sampling_of(options)
+    if options.url and (options.base or options.raw or options.dtype):
+        raise UserError("--base, --raw and --dtype are for models that are loaded here, not for an endpoint.")
+    _check_room(out, options.overwrite)
+    prompts = _prompts(options.prompts, rest)
     if options.url:
         return _remotely(options, prompts, sampling, out)
     rows = generate_with(options.model, prompts, sampling, out, options, name=options.name)
     console().print(f"{len(rows)} answers: {out}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _prompts(data: str, rest: list[str]) -> Any:
+    from llmalign.data.specs import DataSource
+    from llmalign.evaluation.prompts import read_prompts
+    from llmalign.recipe import doctor_options, nearest, parse_overrides
+
+    known = sorted({field.name for field in fields(DataSource)} - {"path", "weight"})
+    for key in parse_overrides(rest):
+        if key not in known:
+            raise UserError(
+                f"generate has no option --{key}; of those that choose rows the nearest is --{nearest(key, known)}."
+            )
+    return read_prompts(doctor_options(data, rest)[0])
+
+
+def _check_room(out: Path, overwrite: bool) -> None:
+    """Rows without an answer may be asked for again; finished outputs are not written over unasked."""
+    if not out.exists() or overwrite:
+        return
+    from llmalign.evaluation.annotations import read_outputs
+    from llmalign.evaluation.generate import ERROR
+
+    if not (out.is_file() and any(ERROR in row for row in read_outputs(out))):
+        raise UserError(f"--out {out} is there already: give --overwrite to replace it, or another --out.")
 
 
 def generate_with(
@@ -99,8 +121,6 @@ def _remotely(options: argparse.Namespace, prompts: Any, sampling: Any, out: Pat
     from llmalign.evaluation.generate import generate_remotely
     from llmalign.judges import JudgeClient
 
-    if options.base or options.raw:
-        raise UserError("--base and --raw are for models that are loaded here, not for an endpoint.")
     cache = options.cache or out.parent / "answers.sqlite"
     with JudgeClient(
         options.model, options.url, cache=cache, api_key_env=key_variable(options), concurrency=options.concurrency,

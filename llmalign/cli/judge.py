@@ -30,6 +30,7 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
     command.add_argument("outputs", metavar="OUTPUTS")
     command.add_argument("--reference", required=True, metavar="REF", help="the baseline's outputs")
     command.add_argument("--out", required=True, metavar="FILE", help="annotations.json, which is gone on with")
+    command.add_argument("--overwrite", action="store_true", help="drop what else was judged in --out")
     command.add_argument("--annotator", metavar="NAME", help="the annotations' name for the judge (from its settings)")
     command.add_argument("--max_rows", type=int, metavar="N", help="the first N outputs alone")
     add_judge_arguments(command)
@@ -47,12 +48,16 @@ def _judge(options: argparse.Namespace, rest: list[str]) -> int:
     from llmalign.evaluation.annotations import read_outputs
 
     outputs, reference = read_outputs(options.outputs)[: options.max_rows], read_outputs(options.reference)
+    if options.max_rows is not None:
+        wanted = {row["instruction"] for row in outputs}
+        reference = [row for row in reference if row["instruction"] in wanted] or reference
     judge = judge_of(options, Path(options.out).parent)
     try:
         counts = annotate(
             outputs, reference, judge.oracle, annotator=options.annotator or judge.annotator, out=options.out,
             at_a_time=judge.at_a_time,
             progress=None if judge.at_a_time is None else lambda parts: tqdm(parts, desc="Judging", unit="batch"),
+            reasons=judge.reasons, replace=options.overwrite,
         )  # fmt: skip
     finally:
         judge.close()

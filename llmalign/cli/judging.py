@@ -14,13 +14,17 @@ ONE_OF = ("judge", "reward_model", "preference_model", "function")
 
 @dataclass(frozen=True)
 class Judge:
-    """What judges, under the name that annotations carry; `about` says what it is, `at_a_time` how often to write."""
+    """What judges, under the name that annotations carry.
+
+    `about` says what it is, `at_a_time` how often to write, `reasons` why rows of its last call failed.
+    """
 
     oracle: Any
     annotator: str
     about: dict[str, Any]
     at_a_time: int | None
     close: Callable[[], None]
+    reasons: Callable[[], Sequence[str | None]] | None = None
 
 
 def add_judge_arguments(command: argparse.ArgumentParser) -> None:
@@ -89,9 +93,17 @@ def _endpoint(options: argparse.Namespace, folder: Path) -> Judge:
         top_logprobs=options.top_logprobs, progress=True,
     )  # fmt: skip
     client.check()
-    settings = (template, options.answers, options.both_orders, options.order_seed, options.letters, options.url)
+    settings: tuple[Any, ...] = (template, options.answers, options.both_orders, options.order_seed, options.letters)
+    settings += (options.url, options.top_logprobs if options.answers == "logprobs" else None)
     about = {"kind": "endpoint", "name": options.judge, "answers": options.answers, "both_orders": options.both_orders}
-    return Judge(JudgeOracle(judge), settings_name(options.judge, *settings), about, None, lambda: _say_spent(client))
+    return Judge(
+        JudgeOracle(judge),
+        settings_name(options.judge, *settings),
+        about,
+        None,
+        lambda: _say_spent(client),
+        lambda: judge.reasons,
+    )
 
 
 def _say_spent(client: Any) -> None:
@@ -105,17 +117,20 @@ def _say_spent(client: Any) -> None:
 
 def _function(options: argparse.Namespace) -> Judge:
     from llmalign.evaluation.annotate import settings_name
-    from llmalign.rewards.functions import load_function
+    from llmalign.rewards.functions import load_function, source_digest
     from llmalign.rewards.preference import FunctionOracle
 
-    oracle = FunctionOracle(load_function(options.function), options.function, both_orders=options.both_orders)
-    name = settings_name(options.function.rsplit(":", 1)[-1], options.function, options.both_orders)
+    function = load_function(options.function)
+    oracle = FunctionOracle(function, options.function, both_orders=options.both_orders)
+    settings = (options.function, source_digest(function), options.both_orders)
+    name = settings_name(options.function.rsplit(":", 1)[-1], *settings)
     about = {"kind": "function", "name": options.function, "both_orders": options.both_orders}
     return Judge(oracle, name, about, AT_A_TIME, oracle.close)
 
 
 def _reward_model(path: str) -> Judge:
     from llmalign.evaluation.annotate import settings_name
+    from llmalign.inference import model_identity
     from llmalign.rewards.model import load_reward_model
     from llmalign.rewards.preference import by_reward
 
@@ -133,11 +148,12 @@ def _reward_model(path: str) -> Judge:
 
     name = Path(path).resolve().name
     about = {"kind": "reward_model", "name": name}
-    return Judge(Rewarded(), settings_name(name, str(Path(path).resolve())), about, AT_A_TIME, lambda: None)
+    return Judge(Rewarded(), settings_name(name, model_identity(path)), about, AT_A_TIME, lambda: None)
 
 
 def _pair_model(path: str) -> Judge:
     from llmalign.evaluation.annotate import settings_name
+    from llmalign.inference import model_identity
     from llmalign.rewards.pair_model import load_preference_model
 
     model = load_preference_model(path)
@@ -151,7 +167,7 @@ def _pair_model(path: str) -> Judge:
 
     name = Path(path).resolve().name
     about = {"kind": "preference_model", "name": name}
-    return Judge(Compared(), settings_name(name, str(Path(path).resolve())), about, AT_A_TIME, lambda: None)
+    return Judge(Compared(), settings_name(name, model_identity(path)), about, AT_A_TIME, lambda: None)
 
 
 def _as_the_model_reads(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[Any], list[Any]]:

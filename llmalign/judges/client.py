@@ -37,6 +37,8 @@ class _Call:
     waiting: deque[Question]
     results: dict[str, Answer | Failure]
     bar: Any
+    started: float = field(default_factory=time.monotonic)
+    written: int = 0
     halted: threading.Event = field(default_factory=threading.Event)
     spent: bool = False
 
@@ -193,6 +195,7 @@ class JudgeClient:
         with self._lock:
             call.results[question.key] = result
             self.failed += isinstance(result, Failure)
+            call.written += result.completion_tokens if isinstance(result, Answer) and not result.cached else 0
             call.bar.update()
             self._show(call)
         return True
@@ -309,7 +312,7 @@ class JudgeClient:
             self._cache.keep(None, completion.answer, self.budget)
             raise JudgeStopped(
                 f"the {self._who} {self.model!r} at {self._endpoint.url} returns no log-probs of its first token; read "
-                "its answers as text (answers: text), or serve it with a server that returns them"
+                "its answers as text (answers: text, or --answers text), or serve it with a server that returns them"
             )
         return "the judge returned no log-probs with this answer, though it did with others"
 
@@ -338,7 +341,10 @@ class JudgeClient:
             )  # fmt: skip
 
     def _show(self, call: _Call) -> None:
-        call.bar.set_postfix(cached=self.found, asked=self.asked, failed=self.failed, refresh=False)
+        counts: dict[str, Any] = {"cached": self.found, "asked": self.asked, "failed": self.failed}
+        if self._who != "judge":  # whose answers are a letter long
+            counts["tokens/s"] = f"{call.written / max(time.monotonic() - call.started, 1e-9):.0f}"
+        call.bar.set_postfix(refresh=False, **counts)
 
     def _spent_sentence(self, answered: int, total: int) -> str:
         requests, tokens = self.spent

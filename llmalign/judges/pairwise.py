@@ -54,6 +54,7 @@ class PairwiseJudge:
         if answers == "logprobs" and top_logprobs < 2:
             raise UserError("a judge's two letters need top_logprobs of at least 2")
         self.client, self.failed = client, 0
+        self.reasons: list[str | None] = []
         self._both_orders, self._order_seed, self._progress = both_orders, order_seed, progress
         self._template, self._letters, self._by_logprobs = Template(template), letters, answers == "logprobs"
         self._temperature, self._seed = temperature, seed
@@ -76,8 +77,10 @@ class PairwiseJudge:
         asked = [(index, turned) for index, row in enumerate(rows) for turned in self._orders(*row)]
         replies = self._ask([self._request(*rows[index], turned) for index, turned in asked])
         scores: list[list[float]] = [[] for _ in rows]
+        self.reasons = [None] * len(rows)
         for (index, turned), reply in zip(asked, replies, strict=True):
-            shown_first = self._read(reply)
+            shown_first, reason = self._read(reply)
+            self.reasons[index] = reason or self.reasons[index]
             scores[index].append(1 - shown_first if turned else shown_first)
         means = [math.fsum(row) / len(row) if row else 0.5 for row in scores]
         self.failed += sum(map(math.isnan, means))
@@ -120,17 +123,18 @@ class PairwiseJudge:
             top_logprobs=self._top_logprobs,
         )
 
-    def _read(self, reply: Answer | Failure) -> float:
+    def _read(self, reply: Answer | Failure) -> tuple[float, str | None]:
+        """P(the answer shown first is better), or NaN and why."""
         if isinstance(reply, Failure):
             return self._lost(reply.message)
         found = self._found(reply)
         if found is not None:
-            return found
+            return found, None
         if self._by_logprobs:
             return self._lost(f"neither of {self._named} is among the likeliest first tokens")
         return self._lost(f"the text names neither or both of {self._named}", f", such as {reply.text[:80]!r}")
 
-    def _lost(self, reason: str, example: str = "") -> float:
+    def _lost(self, reason: str, example: str = "") -> tuple[float, str]:
         # Token counts and the like differ from row to row.
         kind = re.sub(r"\d+", "#", reason)
         if kind not in self._logged:
@@ -138,4 +142,4 @@ class PairwiseJudge:
             logger.warning(
                 "A comparison has no result: %s%s. Later ones of the kind are only counted.", reason, example
             )
-        return math.nan
+        return math.nan, reason + example.replace(", such as", ":")

@@ -1,11 +1,9 @@
 """From a recipe's keys to its oracle, and what stands for that oracle in a kept comparison."""
 
 import hashlib
-import inspect
 import logging
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +13,7 @@ from llmalign.judges import JudgeClient, PairwiseJudge
 from llmalign.judges.template import DEFAULT_TEMPLATE
 from llmalign.loop.run import Run, identity
 from llmalign.rewards.classifiers import require_folder
-from llmalign.rewards.functions import Guarded, guard, load_function
+from llmalign.rewards.functions import Guarded, guard, load_function, source_digest
 from llmalign.rewards.model import load_reward_model
 from llmalign.rewards.pair_model import load_preference_model
 from llmalign.rewards.preference import FunctionOracle, JudgeOracle, ModelOracle, Oracle, RewardOracle
@@ -34,7 +32,7 @@ def oracle_identity(run: Run) -> str:
     loop = run.loop
     parts: list[str] = [str(loop.oracle), str(loop.both_orders)]
     for name in [loop.preference_function, *(loop.reward_funcs or ())]:
-        parts += [name, _source(_function(run, name))] if name else []
+        parts += [name, source_digest(_function(run, name))] if name else []
     for path in [loop.preference_model, *(loop.reward_models or ())]:
         parts += [identity(path)] if path else []
     if loop.oracle == "judge":
@@ -135,15 +133,3 @@ def _reward_functions(run: Run) -> list[Guarded]:
 
 def _function(run: Run, name: str) -> Callable[..., Any]:
     return load_function(name, folder=Path(run.recipe.path).parent)
-
-
-def _source(function: Any) -> str:
-    """The hash of the file that a function comes from: another version of it is another oracle."""
-    while isinstance(function, partial):
-        function = function.func
-    found = inspect.unwrap(function)
-    code = found if inspect.isfunction(found) or inspect.ismethod(found) else type(found)
-    if code.__module__ == "builtins":  # written in C: its name is all there is
-        return str(found)
-    path = inspect.getsourcefile(code)
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else str(found)

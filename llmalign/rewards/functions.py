@@ -68,6 +68,18 @@ def load_function(name: str, *, folder: Path | None = None) -> RewardFunction:
     return found
 
 
+def source_digest(function: Any) -> str:
+    """The hash of the file that a function comes from: another version of it is another oracle."""
+    while isinstance(function, partial):
+        function = function.func
+    found = inspect.unwrap(function)
+    code = found if inspect.isfunction(found) or inspect.ismethod(found) else type(found)
+    if code.__module__ == "builtins":  # written in C: its name is all there is
+        return str(found)
+    path = inspect.getsourcefile(code)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else str(found)
+
+
 def _from_path(name: str, place: str) -> ModuleType:
     if not _MODULE.fullmatch(place):
         raise UserError(f"{name!r}: {place!r} is no module's name; a file of your own is path/to/file.py:function.")

@@ -93,6 +93,53 @@ def test_a_file_of_another_kind_is_not_written_over(tmp_path: Path) -> None:
     assert "mine" in (tmp_path / "a.json").read_text()
 
 
+def test_a_missing_output_is_a_failed_row_and_not_asked(tmp_path: Path) -> None:
+    """Of either side; an empty answer that was given is judged."""
+    reference = rows({"a": "x", "b": "x", "c": "x"}, "base")
+    reference[1] |= {"output": "", "error": "HTTP 500"}
+    outputs = rows({"a": "", "b": "", "c": ""}, "mine")
+    outputs[0]["error"] = "HTTP 400: too long"
+    judge = Longer()
+    counts = annotate(outputs, reference, judge, annotator="j", out=tmp_path / "a.json")
+    found = read_annotations(tmp_path / "a.json")
+    assert [row["preference"] for row in found] == [None, None, pytest.approx(1.2)]
+    assert [row.get("reason") for row in found] == [
+        "mine has no output: HTTP 400: too long", "base has no output: HTTP 500", None
+    ]  # fmt: skip
+    assert (counts.judged, counts.identical, counts.failed) == (1, 0, 2) and len(judge.asked) == 1
+    assert not any("error" in row for row in found)
+
+
+def test_the_judges_reasons_stand_beside_rows_without_a_preference(tmp_path: Path) -> None:
+    judge, out = Longer(), tmp_path / "a.json"
+    more = {"reasons": lambda: [None, None, "cannot tell"]}
+    annotate(OUTPUTS, REFERENCE, judge, annotator="j", out=out, **more)
+    assert [row.get("reason") for row in read_annotations(out)] == [None, None, None, "cannot tell"]
+    known = [dict(row, output="known") if row["output"] == "?" else row for row in OUTPUTS]
+    annotate(known, REFERENCE, judge, annotator="j", out=out)
+    assert not any("reason" in row for row in read_annotations(out))
+
+
+def test_other_judgements_are_lost_only_where_that_is_meant(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    annotate(OUTPUTS, REFERENCE, Longer(), annotator="j", out=out)
+    before = out.read_bytes()
+    for outputs, annotator in ((OUTPUTS, "another"), (OUTPUTS[:1], "j")):
+        judge = Longer()
+        with pytest.raises(UserError, match="judgements of other outputs or by another judge.*--overwrite"):
+            annotate(outputs, REFERENCE, judge, annotator=annotator, out=out, replace=False)
+        assert out.read_bytes() == before and not judge.asked
+    more = [*OUTPUTS, *rows({"e": "y"}, "mine")]
+    counts = annotate(more, [*REFERENCE, *rows({"e": "x"}, "base")], Longer(), annotator="j", out=out, replace=False)
+    assert (counts.kept, counts.judged) == (2, 1)
+
+
+def test_repeated_instructions_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        match([*rows({"a": "1"}, "m"), *rows({"a": "2"}, "m")], rows({"a": "r1"}, "r"))
+    assert "1 outputs and 0 references repeat an instruction" in caplog.text
+
+
 @needs_files
 def test_published_judge_answers_are_read_alike() -> None:
     """805 answers of a real judge, whose letters are m (the baseline) and M (the model)."""

@@ -211,7 +211,9 @@ def test_the_progress_bar_counts(judge: ScriptedJudge, client: Clients, capsys: 
     assert capsys.readouterr().err == ""
     client().ask(ask_for("a", "b", "c", "d"), progress=True)
     shown = capsys.readouterr().err
-    assert "4/4" in shown and "asked=3, cached=1, failed=1" in shown
+    assert "4/4" in shown and "asked=3, cached=1, failed=1" in shown and "tokens/s" not in shown
+    client(who="model").ask(ask_for("e"), progress=True)
+    assert "Asking" in (shown := capsys.readouterr().err) and "tokens/s=" in shown
 
 
 def test_text_of_any_kind_passes_through(judge: ScriptedJudge, client: Clients) -> None:

@@ -84,6 +84,17 @@ def test_a_judge_without_log_probs_is_told_of_and_read_as_text(
     assert {row["preference"] for row in read_annotations(tmp_path / "annotations.json")} == {1.0, 1.5, 2.0}
 
 
+def test_the_first_rows_alone(files: list[str], judge: ScriptedJudge, tmp_path: Path, caplog) -> None:
+    """What was not to be judged is not missed; judging more later keeps these, and fewer loses none unasked."""
+    arguments = [*files, "--url", judge.url]
+    assert main([*arguments, "--max_rows", "12"]) == 0
+    assert len(read_annotations(tmp_path / "annotations.json")) == 12 and len(judge.bodies) == 7
+    assert "have no output" not in caplog.text
+    assert main([*arguments, "--max_rows", "15"]) == 0 and len(judge.bodies) == 10
+    assert main([*arguments, "--max_rows", "12"]) == 2
+    assert main([*arguments, "--max_rows", "12", "--overwrite"]) == 0 and len(judge.bodies) == 10
+
+
 def test_a_spent_budget_stops_and_goes_on(files: list[str], judge: ScriptedJudge, tmp_path: Path) -> None:
     judge.answer = lambda body, times: ANSWER
     assert main([*files, "--url", judge.url, "--max_requests", "50"]) == 2
