@@ -110,7 +110,7 @@ def _win_rates(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         outputs = _outputs(options, folder, OUTPUTS, options.model, options.base)
         counts = annotate(
             outputs, reference, judge.oracle, annotator=judge.annotator, out=folder / ANNOTATIONS,
-            at_a_time=judge.at_a_time,
+            at_a_time=judge.at_a_time, reasons=judge.reasons,
             progress=None if judge.at_a_time is None else lambda parts: tqdm(parts, desc="Judging", unit="batch"),
         )  # fmt: skip
     finally:
