@@ -45,6 +45,7 @@ pipe.load_lora_weights("{repo}")
 image = pipe("a prompt").images[0]""",
 }
 LIBRARY = {"model": "transformers", "adapter": "peft", "pipeline": "diffusers", "image_adapter": "diffusers"}
+DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".parquet", ".txt")
 LIBRARIES = ("llmalign", "torch", "transformers", "trl", "peft", "datasets")
 
 
@@ -54,7 +55,9 @@ def write_card(run: Path, repo: str, *, license: str | None = None, base: str | 
     `license` None states none; `base` is the base's name on the Hub. What a run does not record is left out.
     """
     kind = kind_of(run)
-    recipe, metrics, evaluation = (_read(run / name) for name in (RUN, METRICS, EVALUATION))
+    # A checkpoint's recipe lies above it.
+    above = run.parent if run.name.startswith("checkpoint-") and not (run / RUN).is_file() else run
+    recipe, metrics, evaluation = _read(above / RUN), _read(run / METRICS), _read(run / EVALUATION)
     method = str(recipe.get("method") or metrics.get("method") or "")
     start = base or str(recipe.get("model_name_or_path") or metrics.get("model") or "")
     data = _front_matter(kind, repo, method, start, recipe, evaluation, license)
@@ -210,7 +213,8 @@ def _is_hub_name(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return "/" in name and not Path(name).exists()
+    local = name.startswith("runs/") or Path(name).suffix in DATA_SUFFIXES
+    return "/" in name and not local and not Path(name).exists()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -43,6 +43,17 @@ def test_an_adapters_base_loses_its_path(tmp_path: Path) -> None:
     assert staged.kind == "adapter" and "base_model: org/base" in card and "library_name: peft" in card
 
 
+def test_a_checkpoint_has_its_runs_recipe_and_local_names_are_no_hub_names(tmp_path: Path) -> None:
+    run = tmp_path / "run" / "checkpoint-4"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    recipe = {"method": "dpo", "model_name_or_path": "runs/sft", "dataset_name": "mine/pairs.jsonl", "beta": 0.3}
+    (run.parent / "run.json").write_text(json.dumps(recipe))
+    card = write_card(run, "me/x")
+    assert "| beta | 0.3 |" in card and "2305.18290" in card
+    assert "base_model" not in card and "datasets:" not in card
+
+
 def test_cleaned() -> None:
     nested = {"wandb_api_key": "z", "path": "~/data/pairs.jsonl", "text": "a / b /c"}
     dirty = {"hub_token": "x", "api_key": "y", "tokens": 5, "output_dir": "/home/me/run", "nested": [nested]}
