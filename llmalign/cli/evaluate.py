@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from llmalign.cli.common import console
+from llmalign.cli.common import SOMETHING_WRONG, console
 from llmalign.cli.generate import add_sampling_arguments, generate_with, sampling_of
 from llmalign.cli.judging import ONE_OF, add_judge_arguments, judge_of
 from llmalign.cli.winrate import add_constants_arguments, constants_of
@@ -31,7 +31,8 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
     command = commands.add_parser("evaluate", help="measure a model", description=EVALUATE_HELP, **layout)
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--out", metavar="DIR", help="where to write (RUN/evaluation, else evaluations/NAME)")
-    command.add_argument("--prompts", metavar="FILE", help="what is answered and judged, as for generate")
+    command.add_argument("--overwrite", action="store_true", help="replace files there that others wrote or changed")
+    command.add_argument("--prompts", metavar="DATA", help="what is answered and judged, as for generate")
     command.add_argument("--max_rows", type=int, metavar="N", help="the first N prompts alone")
     command.add_argument("--reference", metavar="REF", help="outputs (.json, .jsonl, .gz) or a model (the run's start)")
     command.add_argument("--pairs", metavar="DATA", help="held-out preference pairs, as for train")
@@ -47,6 +48,13 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     if rest and not options.pairs:
         raise UserError(f"evaluate does not know {' '.join(rest)}; what reads rows is for --pairs.")
+    for name in ("max_rows", "max_length", "limit"):
+        if vars(options)[name] is not None and vars(options)[name] < 1:
+            raise UserError(f"--{name} is at least 1, not {vars(options)[name]}.")
+    if options.limit is not None and not options.benchmarks:
+        raise UserError("--limit is of --benchmarks: give both, or neither.")
+    if options.max_length is not None and not options.pairs:
+        raise UserError("--max_length is of --pairs: give both, or neither.")
     judged = any(vars(options)[name] for name in ONE_OF)
     if not (options.prompts or options.pairs or options.benchmarks):
         raise UserError("There is nothing to measure: give --prompts with a judge, --pairs or --benchmarks.")
@@ -56,6 +64,10 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     from llmalign.evaluate import EVALUATION, write_evaluation
     from llmalign.inference import model_name
 
+    if options.benchmarks:
+        from llmalign.evaluation.benchmarks import require_benchmarks
+
+        require_benchmarks()  # before hours of generating
     folder = Path(options.out) if options.out else _folder(options.model, model_name(options.model))
     pairs = _pairs(options, rest)
     found: dict[str, Any] = {}
@@ -70,7 +82,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
             options.model, pairs, base=options.base, dtype=options.dtype, max_length=options.max_length
         )
     _print(write_evaluation(folder, options.model, **found), folder / EVALUATION)
-    return 0
+    return SOMETHING_WRONG if judged and not found["summary"].n_rows else 0
 
 
 def _folder(model: str, name: str) -> Path:
@@ -97,7 +109,7 @@ def _pairs(options: argparse.Namespace, rest: list[str]) -> Any:
 def _win_rates(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    from llmalign.evaluate import ANNOTATIONS, LEADERBOARD, OUTPUTS
+    from llmalign.evaluate import ANNOTATIONS, LEADERBOARD, OUTPUTS, Made
     from llmalign.evaluation.alpaca import summarize
     from llmalign.evaluation.annotate import annotate
     from llmalign.evaluation.annotations import read_annotations
@@ -108,13 +120,16 @@ def _win_rates(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     try:
         reference = _reference(options, folder)
         outputs = _outputs(options, folder, OUTPUTS, options.model, options.base)
+        made = Made(folder, overwrite=options.overwrite)  # read again: the outputs were noted since
         counts = annotate(
             outputs, reference, judge.oracle, annotator=judge.annotator, out=folder / ANNOTATIONS,
             at_a_time=judge.at_a_time, reasons=judge.reasons,
+            replace=made.is_ours(ANNOTATIONS) or options.overwrite,
             progress=None if judge.at_a_time is None else lambda parts: tqdm(parts, desc="Judging", unit="batch"),
         )  # fmt: skip
     finally:
         judge.close()
+    made.done(ANNOTATIONS, judge.annotator)
     logger.info("Judged: %s.", counts.text())
     rows = read_annotations(folder / ANNOTATIONS)
     summary = summarize(rows, constants=constants_of(options, [rows]), alignment=options.alignment)
@@ -127,15 +142,17 @@ def _win_rates(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _reference(options: argparse.Namespace, folder: Path) -> Any:
-    from llmalign.evaluate import REFERENCE, starting_model
+    from llmalign.evaluate import REFERENCE, Made, starting_model
     from llmalign.evaluation.annotations import read_outputs, write_json
 
     named = options.reference or starting_model(options.model)
     if named is None:
         raise UserError(f"{options.model} does not say what it started from: name its reference with --reference.")
     if Path(named).expanduser().is_file():
-        rows = read_outputs(Path(named).expanduser())
-        write_json(folder / REFERENCE, rows)
+        rows, made = read_outputs(Path(named).expanduser()), Made(folder, overwrite=options.overwrite)
+        if not made.is_there(REFERENCE, "file", rows):
+            write_json(folder / REFERENCE, rows)
+            made.done(REFERENCE, "file", rows)
         return rows
     return _outputs(options, folder, REFERENCE, named, None)
 
@@ -148,9 +165,10 @@ def _outputs(options: argparse.Namespace, folder: Path, name: str, model: str, b
     from llmalign.evaluation.annotations import read_outputs
     from llmalign.evaluation.generate import read_prompts
     from llmalign.inference import model_identity
+    from llmalign.recipe import doctor_options
 
-    prompts = read_prompts(options.prompts)[: options.max_rows]
-    sampling, made = sampling_of(options), Made(folder)
+    prompts = read_prompts(doctor_options(options.prompts, [])[0])[: options.max_rows]
+    sampling, made = sampling_of(options), Made(folder, overwrite=options.overwrite)
     of = (model_identity(model), base, options.dtype, asdict(sampling), [asdict(prompt) for prompt in prompts])
     if not made.is_there(name, *of):
         own = argparse.Namespace(**{**vars(options), "base": base})
@@ -160,10 +178,9 @@ def _outputs(options: argparse.Namespace, folder: Path, name: str, model: str, b
 
 
 def _benchmarks(options: argparse.Namespace) -> Any:
-    from llmalign.evaluation.benchmarks import require_benchmarks, run_benchmarks
+    from llmalign.evaluation.benchmarks import run_benchmarks
     from llmalign.inference import load_for_inference
 
-    require_benchmarks()
     tasks = [task.strip() for task in options.benchmarks.split(",") if task.strip()]
     model, tokenizer = load_for_inference(options.model, base=options.base, dtype=options.dtype)
     return run_benchmarks(model, tokenizer, tasks, limit=options.limit, batch_size=options.batch_size)
@@ -172,13 +189,14 @@ def _benchmarks(options: argparse.Namespace) -> Any:
 def _print(found: dict[str, Any], file: Path) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{found['model']}", box=SIMPLE_HEAD)
+    table = Table(title=Text(found["model"]), box=SIMPLE_HEAD)
     table.add_column("measured")
     table.add_column("", justify="right")
     rate = found["winrate"]
     if rate is not None:
-        table.add_row(f"win rate against {found['reference']}, %", _interval(found["interval"], 1))
+        table.add_row(Text(f"win rate against {found['reference']}, %"), _interval(found["interval"], 1))
         if rate["length_controlled_winrate"] is not None:
             table.add_row("length-controlled", f"{rate['length_controlled_winrate']:.2f}")
         table.add_row("judged rows", str(rate["n_rows"]))
@@ -189,7 +207,7 @@ def _print(found: dict[str, Any], file: Path) -> None:
         table.add_row("pairs", str(found["accuracy"]["n"]))
     for task, metrics in (found["benchmarks"] or {}).items():
         for name, value in metrics.items():
-            table.add_row(f"{task}, {name}", f"{value:.4g}")
+            table.add_row(Text(f"{task}, {name}"), f"{value:.4g}")
     screen = console()
     screen.print(table)
     screen.print(str(file), markup=False, highlight=False, soft_wrap=True)

@@ -83,6 +83,8 @@ def constants_of(options: argparse.Namespace, files: list[list[dict[str, Any]]])
     """The constants where a row is AlpacaEval's; None, with a word, where they cannot be had."""
     from llmalign.evaluation.constants import instruction_index, load_constants
 
+    if options.no_constants and options.alignment == "position":
+        raise UserError("--alignment says where difficulties are looked up, and --no_constants does without them.")
     if options.constants and options.no_constants:
         raise UserError("--constants names difficulties and --no_constants does without: give one of them.")
     if options.constants:
@@ -121,6 +123,7 @@ def _several(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 def _print(found: dict[str, Any], several: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     screen = console()
     table = Table(title="Win rates, %", box=SIMPLE_HEAD)
@@ -128,18 +131,18 @@ def _print(found: dict[str, Any], several: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for name, one in found.items():
         table.add_row(
-            name, _with_error(one.length_controlled_winrate, one.lc_standard_error),
+            Text(name), _with_error(one.length_controlled_winrate, one.lc_standard_error),
             _with_error(one.win_rate, one.standard_error), _interval(one.interval), _number(one.discrete_win_rate),
             str(one.n_rows), f"{one.n_wins}-{one.n_wins_base}-{one.n_draws}", str(one.avg_length),
         )  # fmt: skip
     screen.print(table)
     for name, one in found.items():
         if len(one.per_dataset) > 1:
-            parts = Table(title=f"{name}, by data set", box=SIMPLE_HEAD)
+            parts = Table(title=Text(f"{name}, by data set"), box=SIMPLE_HEAD)
             for column in ("data set", "rows", "win rate"):
                 parts.add_column(column, justify="left" if column == "data set" else "right")
             for row in one.per_dataset:
-                parts.add_row(row["dataset"], str(row["n"]), _with_error(row["win_rate"], row["standard_error"]))
+                parts.add_row(Text(row["dataset"]), str(row["n"]), _with_error(row["win_rate"], row["standard_error"]))
             screen.print(parts)
     _print_several(screen, several)
 
@@ -147,6 +150,7 @@ def _print(found: dict[str, Any], several: dict[str, Any]) -> None:
 def _print_several(screen: Any, several: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     for row in several.get("differences", ()):
         interval = f"{row['mean']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
@@ -159,7 +163,7 @@ def _print_several(screen: Any, several: dict[str, Any]) -> None:
         for name in ("model", "strength", "comparisons"):
             table.add_column(name, justify="left" if name == "model" else "right")
         for name, row in several["bradley_terry"].items():
-            table.add_row(name, f"{row['elo']:+.0f} [{row['low']:+.0f}, {row['high']:+.0f}]", str(row["n"]))
+            table.add_row(Text(name), f"{row['elo']:+.0f} [{row['low']:+.0f}, {row['high']:+.0f}]", str(row["n"]))
         screen.print(table)
 
 

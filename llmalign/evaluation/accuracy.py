@@ -49,7 +49,7 @@ def pair_margins(
     that an adapter was put on. `progress` wraps the batches. Raises UserError naming a row whose prompt alone fills
     `max_length`. Not covered: models split over several processes.
     """
-    groups = PairCollator(max_length=max_length).groups(list(rows))
+    groups = PairCollator(max_length=max_length).groups(list(rows)).first(2)  # RPO's rows have a third completion
     scorer = Scorer(AUTO, pad_token_id=pad_token_id)
     scorer.choose(model.config)
     scorer.attach(model)

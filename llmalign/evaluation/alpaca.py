@@ -73,10 +73,11 @@ def summarize(
     known = [(row, p) for row in rows if (p := known_preference(row["preference"])) is not None]
     _say_dropped(rows, known, warnings)
     _say_repeated([row for row, _ in known], warnings)
-    lengths = [len(row["output_2"]) for row in rows]
+    if first is not None and first == second:
+        warnings.append(f"both sides are called {first}: which is which is known by their places alone")
     counts = {
         "mode": mode,
-        "avg_length": int(np.mean(lengths)) if lengths else 0,
+        "avg_length": int(np.mean([len(row["output_2"]) for row in rows])) if rows else 0,
         "n_wins": sum(p > 1.5 for _, p in known),
         "n_wins_base": sum(p < 1.5 for _, p in known),
         "n_draws": sum(p == 1.5 for _, p in known),
@@ -92,7 +93,7 @@ def summarize(
     discrete = np.where(wins == 0.5, 0.5, np.round(wins))
     if len(known) == 1:
         warnings.append("there is one row, so nothing can be said of the standard error")
-    controlled = _controlled(rows, constants, alignment, first == second and first is not None, warnings)
+    controlled = _controlled(rows, constants, alignment, warnings)
     win_rate = 100 * float(wins.mean())
     if controlled[0] is not None and abs(controlled[0] - win_rate) > FAR:
         warnings.append(
@@ -105,7 +106,7 @@ def summarize(
         discrete_win_rate=100 * float(discrete.mean()),
         length_controlled_winrate=controlled[0],
         lc_standard_error=controlled[1],
-        interval=_in_percent(bootstrap_mean(wins.tolist(), [row["instruction"] for row, _ in known])),
+        interval=_in_percent(bootstrap_mean(wins.tolist(), [_instruction(row) for row, _ in known])),
         per_dataset=_per_dataset(known),
         warnings=warnings,
         **counts,  # type: ignore[arg-type]
@@ -130,9 +131,14 @@ def _by_instruction(rows: Sequence[Row]) -> dict[Any, list[float]]:
     for row in rows:
         p = known_preference(row["preference"])
         if p is not None:
-            number = instruction_index(row)
-            found.setdefault(str(row["instruction"]) if number is None else number, []).append(p - 1)
+            found.setdefault(_instruction(row), []).append(p - 1)
     return found
+
+
+def _instruction(row: Row) -> str | int:
+    """What stands for a row's instruction: AlpacaEval's number of it, else its text."""
+    number = instruction_index(row)
+    return str(row["instruction"]) if number is None else number
 
 
 def _two_models(rows: Sequence[Row]) -> tuple[str | None, str | None]:
@@ -163,7 +169,7 @@ def _kind(value: float | None) -> str:
 
 
 def _say_repeated(rows: Sequence[Row], warnings: list[str]) -> None:
-    counts = Counter(str(row["instruction"]) for row in rows)
+    counts = Counter(_instruction(row) for row in rows)
     repeated = sum(count - 1 for count in counts.values())
     if repeated:
         warnings.append(
@@ -175,11 +181,10 @@ def _controlled(
     rows: Sequence[Row],
     constants: Constants | None,
     alignment: Alignment,
-    is_baseline: bool,
     warnings: list[str],
 ) -> tuple[float | None, float | None]:
     """The length-controlled win rate and its error; the baseline against itself is 50."""
-    if is_baseline:
+    if all(row["output_1"] == row["output_2"] for row in rows):
         return 50.0, 0.0
     if constants is None:
         theirs = any(instruction_index(row) is not None for row in rows)

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def read_rows(path: Path | str) -> list[Row]:
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     stem = path.name.removesuffix(".gz")
     rows = _lines(path, text) if stem.endswith((".jsonl", ".ndjson")) else _list(path, text)
@@ -66,12 +67,15 @@ def read_annotations(path: Path | str) -> list[Row]:
 
 
 def write_json(path: Path | str, content: Any) -> None:
-    """Write JSON as AlpacaEval does (indented), aside and then renamed; NaN is refused with ValueError.
+    """Write JSON as AlpacaEval does (indented), aside and then renamed; NaN and infinities, which JSON lacks, are null.
 
     Raises UserError where the file cannot be written.
     """
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(path, text)
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -104,6 +108,14 @@ def generators(rows: Sequence[Row]) -> tuple[str | None, str | None]:
     found = [{row.get(f"generator_{side}") for row in rows} for side in (1, 2)]
     first, second = (next(iter(names)) if len(names) == 1 else None for names in found)
     return first, second
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _list(path: Path, text: str) -> list[Any]:

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -76,7 +77,7 @@ def _from_json(path: Path) -> Constants:
     try:
         raw = path.read_bytes()
         content = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"the constants in {path} cannot be read: {error}") from error
     missing = [key for key in KEYS if not isinstance(content, dict) or key not in content]
     if missing:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 
 from llmalign.errors import UserError
@@ -32,6 +33,10 @@ def read_leaderboard(path: Path | str) -> tuple[list[str], Table]:
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise UserError(f"line {number} of {path} has {len(row)} cells, and the first line {len(header)}")
+    names = [row[0] for row in rows]
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise UserError(f"{path} has two rows of {twice}; leave one")
     return header[1:], {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
 
 
@@ -59,6 +64,7 @@ def _cell(value: object) -> str:
 
 def _number(cell: str | None) -> float:
     try:
-        return float(cell or "-inf")
+        value = float(cell or "-inf")
     except ValueError:
-        return float("-inf")
+        return -math.inf
+    return -math.inf if math.isnan(value) else value

@@ -93,3 +93,43 @@ def test_what_cannot_be_meant(change: list[str], said: str, capsys: pytest.Captu
 def test_a_start_that_is_not_known_is_asked_for(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([arguments[0], "embedded:tiny", *arguments[2:]]) == 2
     assert "name its reference with --reference" in capsys.readouterr().err
+
+
+def test_a_stale_reference_is_not_taken_for_another(arguments: list[str], tmp_path: Path) -> None:
+    rows = [{"instruction": row["instruction"], "output": "x" * 400, "generator": "wordy"} for row in PROMPTS]
+    (tmp_path / "ref.json").write_text(json.dumps(rows))
+    names = []
+    for reference in ("embedded:tiny", str(tmp_path / "ref.json"), "embedded:tiny"):
+        assert main([*arguments, "--reference", reference]) == 0
+        names.append(json.loads((tmp_path / "out" / "evaluation.json").read_text())["reference"])
+    assert names == ["embedded:tiny", "wordy", "embedded:tiny"]
+
+
+def test_what_was_measured_before_stays(arguments: list[str], adapter: Path, tmp_path: Path) -> None:
+    assert main(arguments) == 0
+    file = tmp_path / "out" / "evaluation.json"
+    before = json.loads(file.read_text())
+    assert main(["evaluate", str(adapter), "--out", str(tmp_path / "out"), "--pairs", "sample:pairs"]) == 0
+    after = json.loads(file.read_text())
+    assert after["winrate"] == before["winrate"] is not None and after["accuracy"]["n"] == 400
+
+
+def test_files_of_others_are_not_replaced_unasked(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    paid = tmp_path / "out" / "model_outputs.json"
+    paid.write_text(json.dumps([{"instruction": "i", "output": "paid for"}]))
+    assert main(arguments) == 2
+    assert "was not written by this command" in capsys.readouterr().err and "paid for" in paid.read_text()
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_pairs_that_do_not_fit_are_counted(adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "tell me " * (60 if i % 2 else 1), "chosen": "yes " * 30, "rejected": "no"} for i in range(10)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["evaluate", str(adapter), "--out", str(tmp_path / "o"), "--pairs", str(tmp_path / "pairs.jsonl")]
+    assert main([*arguments, "--max_length", "24"]) == 0
+    found = json.loads((tmp_path / "o" / "evaluation.json").read_text())["accuracy"]
+    assert (found["n"], found["dropped"], found["cut"]) == (5, 5, 5)
+    assert "Of 10 pairs 5 are left out" in caplog.text

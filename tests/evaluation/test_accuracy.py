@@ -63,3 +63,13 @@ def test_no_pair_is_refused(tiny, rows) -> None:
         pair_accuracy([], [])
     with pytest.raises(UserError, match="prompt alone"):
         pair_margins(tiny[0], rows, pad_token_id=0, max_length=2)
+
+
+def test_a_base_column_changes_nothing(tiny) -> None:
+    """RPO's rows have a third completion, which is no side of the pair."""
+    pairs = load([DataSource(path="sample:pairs", max_rows=ROWS)], kind="pairs")
+    with_base = pairs.add_column("base", pairs["rejected"])
+    plain, based = (list(prepare_pairs(rows, tiny[1], max_length=None)) for rows in (pairs, with_base))
+    assert "base_ids" in based[0]
+    margins = [pair_margins(tiny[0], rows, pad_token_id=tiny[1].pad_token_id) for rows in (plain, based)]
+    assert margins[0] == pytest.approx(margins[1], abs=1e-4)

@@ -105,8 +105,28 @@ def test_one_row_has_no_error() -> None:
 
 
 def test_the_baseline_itself_is_at_fifty() -> None:
-    same = [row(1.5, str(i), generator_2="base") for i in range(6)]
-    assert summarize(same).length_controlled_winrate == 50
+    same = [{**row(1.5, str(i), generator_2="base"), "output_2": "xxxx"} for i in range(6)]
+    found = summarize(same)
+    assert found.length_controlled_winrate == 50 and any("both sides are called base" in w for w in found.warnings)
+
+
+def test_two_models_of_one_name_are_no_baseline() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        row(2.0, str(i), (int(a), int(b)), generator_2="base") for i, (a, b) in enumerate(rng.integers(1, 9, (99, 2)))
+    ]
+    assert summarize(rows).length_controlled_winrate > 90
+
+
+def test_instructions_known_by_number_alone_are_apart() -> None:
+    rows = [{**row(1 + i % 2, "x"), "instruction": None, "instruction_id": i} for i in range(40)]
+    found = summarize(rows)
+    assert found.interval.high > found.interval.low and not any("repeat" in warning for warning in found.warnings)
+
+
+def test_nan_is_written_as_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", [row(math.nan)])
+    assert read_annotations(tmp_path / "a.json")[0]["preference"] is None
 
 
 def test_several_models_in_one_file_are_refused() -> None:
