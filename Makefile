@@ -66,6 +66,7 @@ bench-images: setup
 
 bench-evaluation: setup
 	$(BIN)/python scripts/bench_evaluation.py
+	$(BIN)/python scripts/bench_report.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,34 @@
+"""Secrets, which recipes and results may hold by mistake, are taken out of everything that is read."""
+
+import re
+from typing import Any
+
+HIDDEN = "(not shown)"
+SECRET_KEY = re.compile(
+    r"(^|[_.-])(token|secret|passw(or)?d|passphrase|api_?key|credentials?|access_?key|private_?key|authorization)s?$",
+    re.IGNORECASE,
+)
+NO_SECRET = re.compile(r"(^|_)(eos|bos|pad|unk|sep|cls|mask|image|stop|eot|special)_tokens?$")
+SECRET_TEXT = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}\b"
+    r"|\bBearer\s+[\w.~+/-]{12,}=*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)",
+    re.IGNORECASE,
+)
+
+
+def hidden(value: Any, key: str = "", *, inside: bool = False) -> Any:
+    """A copy of plain data without secrets: texts under a key that names one, and what looks like one anywhere.
+
+    Not covered: a secret in an answer of a model, and one that neither its key nor its look gives away.
+    """
+    inside = inside or bool(SECRET_KEY.search(key) and not NO_SECRET.search(key))
+    if isinstance(value, dict):
+        return {
+            SECRET_TEXT.sub(HIDDEN, name) if isinstance(name, str) else name: hidden(own, str(name), inside=inside)
+            for name, own in value.items()
+        }
+    if isinstance(value, list):
+        return [hidden(own, inside=inside) for own in value]
+    if not isinstance(value, str):
+        return value
+    return HIDDEN if inside and value else SECRET_TEXT.sub(HIDDEN, value)
