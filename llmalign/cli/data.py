@@ -50,7 +50,10 @@ def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
     from llmalign.trainers.loading import load_tokenizer
 
     if options.model is None:
-        raise UserError(f"Rows of {options.kind} are looked at as a model reads them: name one with --model.")
+        raise UserError(
+            f"Rows of {options.kind} are looked at as a model reads them: name one with --model; rows of pictures are "
+            "--kind image_pairs or images."
+        )
     if options.resolution is not None:
         raise UserError(f"--resolution is for images; {options.kind} are text.")
     source, limits = doctor_options(options.data, rest)

@@ -25,6 +25,16 @@ How DATA is read (--split, --columns, --where, --max_rows) as for doctor. What g
 LENGTH_BIAS = 0.7
 
 
+class Once(argparse.Action):
+    """An option that may be given once: a second one would silently replace the first."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Keep the value, or refuse."""
+        if vars(namespace)[self.dest] is not None:
+            parser.error(f"{option_string} is given twice; pairs are made by one reward")
+        setattr(namespace, self.dest, values)
+
+
 def add(commands: Any, layout: dict[str, Any]) -> None:
     """Add the parser to the command line's grammar; `layout` holds what all parsers share."""
     command = commands.add_parser("pairs", help="make pairs of scored answers", description=PAIRS_HELP, **layout)
@@ -36,7 +46,9 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
     command.add_argument(
         "--kind", choices=("groups", "comparisons", "images"), help="what a row is (default: by its columns)"
     )
-    command.add_argument("--reward", metavar="NAME", help="of images: what scores them, in place of their own rewards")
+    command.add_argument(
+        "--reward", metavar="NAME", action=Once, help="of images: what scores them, in place of their own rewards"
+    )
     command.add_argument(
         "--strategy", metavar="NAME", help="of groups and images: best_worst (default), best_random, all_pairs"
     )
@@ -128,7 +140,11 @@ def _after(report: Any, out: Path) -> list[str]:
     name = shlex.quote(str(out))
     if report.form == IMAGES:
         trained = f"  llmalign train trainers/diffusion_dpo/lora.yaml --model_name_or_path MODEL --dataset_name {name}"
-        return [f"Pairs written to {name}. Next:", f"  llmalign doctor {name} --kind image_pairs", trained]
+        return [
+            f"Pairs written to {name}. Next, with the size that your model draws:",
+            f"  llmalign doctor {name} --kind image_pairs --resolution 512",
+            f"{trained} --resolution 512",
+        ]
     after = [f"Pairs written to {name}. Next:", f"  llmalign doctor {name} --model MODEL"]
     after.append(f"  llmalign train trainers/rpo/lora.yaml --model_name_or_path MODEL --dataset_name {name}")
     longer = report.longer / report.pairs

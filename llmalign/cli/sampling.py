@@ -112,6 +112,8 @@ def _prompts(options: argparse.Namespace, rest: list[str]) -> list[str]:
 
 
 def _text_lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise UserError(f"There is no file {file} with prompts.")
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -21,7 +21,7 @@ class Monitor(Trainer):
     of the log, so that a resumed run goes on with them.
     """
 
-    _warned = False
+    _warn_again = 0.0  # said once, and at every doubling
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See Trainer; training logs also get their averages."""
@@ -48,10 +48,10 @@ class Monitor(Trainer):
         if args.winner_guard == "stop":
             logger.warning("Stopped at step %d: %s; raise beta or lower the rate.", self.state.global_step, found)
             self.control.should_training_stop = self.control.should_save = True
-        elif not self._warned:
-            self._warned = True
+        elif ratio >= self._warn_again:
+            self._warn_again = 2 * ratio
             logger.warning(
-                "At step %d %s; look at samples, raise beta, or set winner_guard.", self.state.global_step, found
+                "At step %d %s; look at samples, raise beta, or set winner_guard: stop.", self.state.global_step, found
             )
 
 

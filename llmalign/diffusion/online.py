@@ -204,7 +204,13 @@ class D3POTrainer(ImageTrainer):
             _interleaved([share[place] for share in shares], axis) for place, axis in enumerate((1, 1, 0))
         )
         self._refuse_failing(rewards)
-        return Round(number, latents, log_probs, self._preference(number, rewards), rewards)
+        preference = self._preference(number, rewards)
+        if not bool(preference.any()):
+            logger.warning(
+                "No pair of round %d has a winner, because both pictures have equal rewards: it teaches nothing.",
+                number + 1,
+            )
+        return Round(number, latents, log_probs, preference, rewards)
 
     def _refuse_failing(self, rewards: Tensor) -> None:
         """Raise UserError where a reward gave nothing at all for a whole round."""

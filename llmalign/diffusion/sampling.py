@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import math
 import os
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -89,11 +90,13 @@ class SamplingSettings:
 
 
 def sampling_settings(pipe: Any, steps: int | None = None, guidance: float | None = None) -> SamplingSettings:
-    """What is given, else the defaults of the pipeline's own call. Raises UserError for fewer than one step."""
+    """What is given, else the defaults of the pipeline's own call. Raises UserError for what none can be."""
     defaults = inspect.signature(type(pipe).__call__).parameters
     steps = defaults["num_inference_steps"].default if steps is None else steps
     if steps < 1:
         raise UserError(f"Sampling takes at least one step, not {steps}.")
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise UserError(f"The guidance scale is a finite number of at least 0, not {guidance:g}.")
     return SamplingSettings(steps, defaults["guidance_scale"].default if guidance is None else guidance)
 
 

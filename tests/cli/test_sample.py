@@ -191,7 +191,7 @@ def test_a_folder_in_use_is_left_alone(sample: Sample, tmp_path: Path) -> None:
         (["--adaptive_guidance", "--guidance", "1"], "Guidance is off"),
         (["--reward", "brightnes"], "the nearest is 'brightness'"),
         (["--nonsense", "1"], "does not know --nonsense 1"),
-        (["--prompts", "absent.txt"], "absent.txt cannot be read"),
+        (["--prompts", "absent.txt"], "There is no file absent.txt"),
         (["--prompts", "absent.jsonl"], "absent.jsonl"),
     ],
 )
