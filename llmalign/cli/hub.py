@@ -43,6 +43,7 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
     pull.add_argument("repo", metavar="USER/NAME")
     pull.add_argument("--revision", metavar="NAME", help="a branch, a tag or a commit")
     pull.add_argument("--out", metavar="DIR", help="where to (NAME)")
+    pull.add_argument("--overwrite", action="store_true", help="write into --out whatever it holds")
     pull.set_defaults(run=_pull)
 
 
@@ -60,14 +61,12 @@ def _push(options: argparse.Namespace, rest: list[str]) -> int:
     run = Path(options.run_folder).expanduser()
     card = write_card(run, options.repo, license=options.license, base=options.base)
     if options.dry_run:
-        out = Path(options.out) if options.out else run / "hub"
-        if out.exists() and any(out.iterdir()) and not (out / "llmalign-manifest.json").is_file():
-            raise UserError(f"--out {out} holds something else; name another folder.")
+        out = Path(options.out).expanduser() if options.out else run / "hub"
         _show(stage(run, out, card, base=options.base), options)
         return 0
     # Beside the run, where weights can be linked instead of copied, unless nothing may be written there.
     with tempfile.TemporaryDirectory(dir=run if os.access(run, os.W_OK) else None, prefix=".hub-") as scratch:
-        staged = stage(run, Path(scratch) / "files", card, base=options.base)
+        staged = stage(run, Path(scratch) / "files", card, base=options.base, link=True)
         done = push(staged, options.repo, public=options.public, revision=options.revision, message=options.message)
     where = f"{done.url} ({'private' if done.private else 'public'})"
     if not done.uploaded and not done.deleted:
@@ -101,9 +100,8 @@ def _pull(options: argparse.Namespace, rest: list[str]) -> int:
         raise UserError(f"pull does not know {' '.join(rest)}.")
     from llmalign.hub.publish import pull
 
-    out = Path(options.out or options.repo.split("/")[-1])
-    if out.is_file():
-        raise UserError(f"--out {out} is a file; name a folder.")
-    checked = pull(options.repo, out, revision=options.revision)
-    console().print(f"{out}: {checked} files, as they were pushed", markup=False, highlight=False, soft_wrap=True)
+    out = Path(options.out or options.repo.split("/")[-1]).expanduser()
+    checked = pull(options.repo, out, revision=options.revision, overwrite=options.overwrite)
+    said = "not checked" if checked is None else f"{checked} files, as they were pushed"
+    console().print(f"{out}: {said}", markup=False, highlight=False, soft_wrap=True)
     return 0

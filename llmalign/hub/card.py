@@ -2,16 +2,18 @@
 
 import json
 import re
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from llmalign import assets
-from llmalign.hub.staging import CURVES, EVALUATION, METRICS, RUN, cleaned, kind_of
+from llmalign.errors import UserError
+from llmalign.hub.cleaning import cleaned, read_json
+from llmalign.hub.names import check_base, is_hub_name
+from llmalign.hub.staging import CURVES, EVALUATION, METRICS, RUN, base_of, kind_of
 
 PAGE_OF = {"copg_online": "copg", "pso_offline": "pso"}  # of a method whose page has another name
 SHOWN = (
@@ -32,6 +34,17 @@ from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("{repo}")  # on {base}
 tokenizer = AutoTokenizer.from_pretrained("{repo}")""",
+    "reward": """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")""",
+    "reward_adapter": """\
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForSequenceClassification.from_pretrained("{repo}", num_labels=1)  # on {base}
+tokenizer = AutoTokenizer.from_pretrained("{repo}")""",
     "pipeline": """\
 from diffusers import DiffusionPipeline
 
@@ -44,63 +57,87 @@ pipe = DiffusionPipeline.from_pretrained("{base}")
 pipe.load_lora_weights("{repo}")
 image = pipe("a prompt").images[0]""",
 }
-LIBRARY = {"model": "transformers", "adapter": "peft", "pipeline": "diffusers", "image_adapter": "diffusers"}
-DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".parquet", ".txt")
+LIBRARY = {
+    "model": "transformers", "adapter": "peft", "reward": "transformers", "reward_adapter": "peft",
+    "pipeline": "diffusers", "image_adapter": "diffusers",
+}  # fmt: skip
+TASK = {
+    "model": "text-generation", "adapter": "text-generation", "reward": "text-classification",
+    "reward_adapter": "text-classification", "pipeline": "text-to-image", "image_adapter": "text-to-image",
+}  # fmt: skip
 LIBRARIES = ("llmalign", "torch", "transformers", "trl", "peft", "datasets")
 
 
 def write_card(run: Path, repo: str, *, license: str | None = None, base: str | None = None) -> str:
     """The text of a run's README.md: the same for the same run, without paths of this machine and without secrets.
 
-    `license` None states none; `base` is the base's name on the Hub. What a run does not record is left out.
+    `license` None states none; `base` is the base's name on the Hub. What a run does not record is left out. Raises
+    UserError for a record that is half-written, and for a `base` that is no name on the Hub.
     """
-    kind = kind_of(run)
+    check_base(base)
+    kind = _kind(run)
     # A checkpoint's recipe lies above it.
     above = run.parent if run.name.startswith("checkpoint-") and not (run / RUN).is_file() else run
     recipe, metrics, evaluation = _read(above / RUN), _read(run / METRICS), _read(run / EVALUATION)
     method = str(recipe.get("method") or metrics.get("method") or "")
-    start = base or str(recipe.get("model_name_or_path") or metrics.get("model") or "")
-    data = _front_matter(kind, repo, method, start, recipe, evaluation, license)
-    parts = [
-        f"# {repo.split('/')[-1]}", _what(kind, method, start), _use(kind, repo, start),
-        _method(method), _data(recipe, metrics), _values(recipe), _measured(metrics), _judged(evaluation),
-        f"## Curves\n\n![curves]({CURVES})" if (run / CURVES).is_file() else "", _versions(evaluation),
-    ]  # fmt: skip
-    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
-    ModelCard(text)  # which raises for front matter that is none
-    return text
-
-
-def _front_matter(
-    kind: str,
-    repo: str,
-    method: str,
-    start: str,
-    recipe: dict[str, Any],
-    evaluation: dict[str, Any],
-    license: str | None,
-) -> ModelCardData:
+    named = recipe.get("model_name_or_path") or cleaned(base_of(run, kind_of(run))) or metrics.get("model")
+    start = base or str(named or "")
+    results = _told(run / EVALUATION, _results, evaluation)
     data = recipe.get("dataset_name")
-    rate = (evaluation.get("winrate") or {}).get("win_rate")
-    results = None
-    if rate is not None:
-        results = [
-            EvalResult(
-                task_type="text-generation", dataset_type="preference", dataset_name=_source(evaluation),
-                metric_type="win_rate", metric_name=f"win rate against {evaluation['reference']}, %",
-                metric_value=round(rate, 2),
-            )
-        ]  # fmt: skip
-    return ModelCardData(
+    head = ModelCardData(
         license=license,
         library_name=LIBRARY[kind],
-        pipeline_tag="text-generation" if kind in ("model", "adapter") else "text-to-image",
-        base_model=start if _is_hub_name(start) else None,
-        datasets=[data] if isinstance(data, str) and _is_hub_name(data) else None,
+        pipeline_tag=TASK[kind],
+        base_model=start if base or is_hub_name(start) else None,
+        datasets=[data] if isinstance(data, str) and is_hub_name(data) else None,
         tags=["llmalign", *([method] if method else []), *(["lora"] if "adapter" in kind else [])],
         model_name=repo.split("/")[-1] if results else None,
         eval_results=results,
     )
+    parts = [
+        f"# {repo.split('/')[-1]}", _what(kind, method, start), _use(kind, repo, start),
+        _method(method), _told(run / METRICS, _data, recipe, metrics), _values(recipe),
+        _told(run / METRICS, _measured, metrics), _told(run / EVALUATION, _judged, evaluation),
+        f"## Curves\n\n![curves]({CURVES})" if (run / CURVES).is_file() else "",
+        _told(run / EVALUATION, _versions, evaluation),
+    ]  # fmt: skip
+    text = f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+    ModelCard(text)  # which raises for front matter that is none
+    return text
+
+
+def _kind(run: Path) -> str:
+    """As `kind_of`, with reward models, which other classes load, told from language models."""
+    kind = kind_of(run)
+    if kind == "model":
+        classes = read_json(run / "config.json").get("architectures") or []
+        return "reward" if any(name.endswith("ForSequenceClassification") for name in classes) else kind
+    if kind == "adapter":
+        return "reward_adapter" if read_json(run / "adapter_config.json").get("task_type") == "SEQ_CLS" else kind
+    return kind
+
+
+def _told(path: Path, write: Callable[..., Any], *records: dict[str, Any]) -> Any:
+    """What `write` makes of records; UserError for one that lacks what it should have."""
+    try:
+        return write(*records)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not as llmalign writes it ({type(error).__name__}: {error}): write it anew, or remove it"
+        ) from error
+
+
+def _results(evaluation: dict[str, Any]) -> list[EvalResult] | None:
+    rate = (evaluation.get("winrate") or {}).get("win_rate")
+    if rate is None:
+        return None
+    return [
+        EvalResult(
+            task_type="text-generation", dataset_type="preference", dataset_name=_source(evaluation),
+            metric_type="win_rate", metric_name=f"win rate against {evaluation['reference']}, %",
+            metric_value=round(rate, 2),
+        )
+    ]  # fmt: skip
 
 
 def _use(kind: str, repo: str, start: str) -> str:
@@ -110,7 +147,8 @@ def _use(kind: str, repo: str, start: str) -> str:
 def _what(kind: str, method: str, start: str) -> str:
     things = {
         "model": "A language model", "adapter": "A LoRA adapter of a language model", "pipeline": "An image pipeline",
-        "image_adapter": "LoRA weights of an image pipeline",
+        "image_adapter": "LoRA weights of an image pipeline", "reward": "A reward model",
+        "reward_adapter": "A LoRA adapter of a reward model",
     }  # fmt: skip
     by = f", trained with {method}" if method else ""
     return f"{things[kind]}{by}{f' from {start}' if start else ''} by llmalign."
@@ -147,7 +185,7 @@ def _data(recipe: dict[str, Any], metrics: dict[str, Any]) -> str:
 
 
 def _values(recipe: dict[str, Any]) -> str:
-    shown = [key for key in SHOWN if recipe.get(key) not in (None, False)]
+    shown = [key for key in SHOWN if recipe.get(key) is not None and recipe[key] is not False]
     if not recipe.get("use_peft"):
         shown = [key for key in shown if not key.startswith("lora_")]
     lines = [f"| {key} | {recipe[key]} |" for key in shown]
@@ -208,18 +246,9 @@ def _source(evaluation: dict[str, Any]) -> str:
     return str((evaluation.get("prompts") or {}).get("source") or "prompts")
 
 
-def _is_hub_name(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    local = name.startswith("runs/") or Path(name).suffix in DATA_SUFFIXES
-    return "/" in name and not local and not Path(name).exists()
-
-
 def _read(path: Path) -> dict[str, Any]:
     """A record of the run, cleaned; empty where there is none."""
     if not path.is_file():
         return {}
-    found = cleaned(json.loads(path.read_text(encoding="utf-8")))
+    found = cleaned(read_json(path))
     return found if isinstance(found, dict) else {}

@@ -1,5 +1,6 @@
 """To the Hub and back: what differs is uploaded, an interrupted push goes on, and what comes back is checked."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -14,11 +15,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.hf_api import RepoFile
 
 from llmalign.errors import UserError
-from llmalign.hub.staging import MANIFEST, Staged, sha256
+from llmalign.hub.staging import MANIFEST, MARK, Staged, sha256
 
 logger = logging.getLogger(__name__)
 
 UNREACHABLE: Any = (OSError, *HfHubHTTPError.__bases__)  # of whichever HTTP library lies below
+# Of the file system: the same command does not go on before that is put right.
+DISK = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+DOWNLOADS = ".cache/huggingface/download"  # where the client keeps what it knows of the files of a folder
+PULLED = ".cache/llmalign-pull"  # whose files they are
 _REASON = 200
 
 
@@ -65,18 +70,25 @@ def push(staged: Staged, repo: str, *, public: bool = False, revision: str | Non
     return Pushed(changed, gone, str(created), private)
 
 
-def pull(repo: str, out: Path, *, revision: str | None = None) -> int:
+def pull(repo: str, out: Path, *, revision: str | None = None, overwrite: bool = False) -> int | None:
     """Download a repository into `out` and check every file against its manifest; the number of files checked.
 
     Raises UserError, naming the file, where one is missing, another than was pushed, or names a path outside, and as
-    `push` does. A repository without a manifest is downloaded, unchecked, which is logged.
+    `push` does; also, without `overwrite`, for an `out` with anything but an earlier pull of the same repository. One
+    without a manifest is downloaded, unchecked, which is logged: None.
     """
+    if not overwrite:
+        _check_free(repo, out)
     with _said(repo):
-        snapshot_download(repo, revision=revision, local_dir=out)
+        try:
+            snapshot_download(repo, revision=revision, local_dir=out, ignore_patterns=[MARK])
+        finally:
+            if (out / DOWNLOADS).is_dir():
+                (out / PULLED).write_text(repo, encoding="utf-8")
     file = out / MANIFEST
     if not file.is_file():
         logger.warning("%s has no %s, so nothing could be checked.", repo, MANIFEST)
-        return 0
+        return None
     for name, wanted in _manifest(file).items():
         path = out / name
         if not path.is_file() or path.is_symlink():
@@ -84,6 +96,23 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> int:
         if path.stat().st_size != wanted["size"] or sha256(path) != wanted["sha256"]:
             raise UserError(f"{name} of {repo} is not what was pushed: its hash differs from the manifest's")
     return len(_manifest(file))
+
+
+def _check_free(repo: str, out: Path) -> None:
+    """Only a pull of the same repository, or a part of one, may be there already."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
+    found = [name for name in found if not name.startswith(".cache/")]
+    more = next((name for name in found if not (out / DOWNLOADS / f"{name}.metadata").is_file()), None)
+    record = out / PULLED
+    if more is not None or not record.is_file() or record.read_text(encoding="utf-8") != repo:
+        held = more or "other files"
+        raise UserError(
+            f"{out} holds {held} and is no earlier pull of {repo}: name another folder with --out, or give --overwrite"
+        )
 
 
 def _manifest(file: Path) -> dict[str, dict[str, Any]]:
@@ -146,12 +175,21 @@ def _said(repo: str) -> Iterator[None]:
     except RuntimeError as error:  # as the client calls a large file that broke off, with the reason as its cause
         if not isinstance(error.__cause__, UNREACHABLE):
             raise
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in DISK:
+            raise _disk(error.__cause__) from error
         raise UserError(f"{_clean(str(error))} The same command goes on where it stopped.") from None
     except UNREACHABLE as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise _disk(error) from error
         raise UserError(
             f"the Hub was lost on the way ({type(error).__name__}: {_clean(str(error))}); the same command goes on "
             "where it stopped"
         ) from None
+
+
+def _disk(error: OSError) -> UserError:
+    where = error.filename or "the disk"
+    return UserError(f"{where} cannot be written ({error.strerror}): make room there, or name another folder")
 
 
 def _clean(text: str) -> str:

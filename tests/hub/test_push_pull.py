@@ -34,6 +34,15 @@ def test_there_and_back(hub: LocalHub, drive: Drive, trained: Path, tmp_path: Pa
     card = files["README.md"].decode()
     assert "license: apache-2.0" in card and "2405.16436" in card and "log\\sigma(\\beta m)" in card
     assert "| loss | 2 | 1.5 |" in card and "trl-lib/some-pairs" in card and "base_model" not in card
+    # The same repository may come again, another may not, and what has no manifest is said to be unchecked.
+    hub.repositories["me/bare"] = Repository(private=True)
+    hub.files("me/bare")["config.json"] = b"{}"
+    same, other, bare = drive(
+        ["pull", "me/rpo", "--out", out], ["pull", "me/bare", "--out", out],
+        ["pull", "me/bare", "--out", str(tmp_path / "bare")],
+    )  # fmt: skip
+    assert same[0] == 0 and other[0] == 2 and "no earlier pull of me/bare" in other[2], (same, other)
+    assert bare[0] == 0 and "not checked" in bare[1] and "as they were" not in bare[1], bare
     # A file that is another than was pushed is named.
     files["config.json"] = files["config.json"].replace(b"llama", b"LLAMA")
     ((status, _, said),) = drive(["pull", "me/rpo", "--out", str(tmp_path / "broken")])

@@ -9,7 +9,8 @@ import pytest
 from llmalign.cli import main
 from llmalign.errors import UserError
 from llmalign.hub.card import write_card
-from llmalign.hub.staging import MANIFEST, cleaned, kind_of, sha256, stage
+from llmalign.hub.cleaning import cleaned
+from llmalign.hub.staging import MANIFEST, kind_of, sha256, stage
 
 
 def test_two_times_the_same_bytes(trained: Path, tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_cleaned() -> None:
     nested = {"wandb_api_key": "z", "path": "~/data/pairs.jsonl", "text": "a / b /c"}
     dirty = {"hub_token": "x", "api_key": "y", "tokens": 5, "output_dir": "/home/me/run", "nested": [nested]}
     assert cleaned(dirty) == {
-        "tokens": 5, "output_dir": "run", "nested": [{"path": "pairs.jsonl", "text": "a / b /c"}],
+        "tokens": 5, "nested": [{"path": "pairs.jsonl", "text": "a / b /c"}],
     }  # fmt: skip
 
 
