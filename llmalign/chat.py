@@ -1,6 +1,7 @@
 """A conversation in a terminal, or through a pipe: a line is a turn, and the answer is written as it is drawn."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -10,10 +11,10 @@ from typing import IO, Any
 
 import jinja2
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from llmalign.errors import UserError
-from llmalign.scores.sampling import end_token_ids
+from llmalign.scores.sampling import check_sampling, context_length, generate_plainly, generation_config, memory_said
 
 HELP = (
     "/reset starts anew, /undo takes the last turn back, /system TEXT sets the system prompt (without TEXT: none), "
@@ -23,10 +24,10 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Drawing:
     """How answers are drawn; temperature 0 is greedy, `seed` None differs each time.
 
-    Raises UserError for a temperature below 0, a top_p outside (0, 1] and fewer than one new token.
+    Raises UserError as `check_sampling` does.
     """
 
     temperature: float = 0.7
@@ -35,23 +36,19 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"--temperature is at least 0, not {self.temperature:g}.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p is above 0 and at most 1, not {self.top_p:g}.")
-        if self.max_new_tokens < 1:
-            raise UserError(f"--max_new_tokens is at least 1, not {self.max_new_tokens}.")
+        check_sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
 
 
 @dataclass
 class Conversation:
     """The turns so far, as they are sent to a model: messages of user and assistant by turns, after a system prompt.
 
-    A tokenizer without a chat template has no turns: every text is continued by itself.
+    A tokenizer without a chat template has no turns: every text is continued by itself. `context` is in tokens; None
+    has no limit.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    context: int
+    context: int | None
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
     forgotten: int = 0  # messages of the start that are no longer sent
@@ -66,7 +63,7 @@ class Conversation:
         `room` tokens of the context are left for the answer, at most half of it. The oldest turns go first, the system
         prompt stays. Raises UserError where `text` does not fit by itself, and for a template that refuses the turns.
         """
-        most = self.context - min(room, self.context // 2)
+        most = math.inf if self.context is None else self.context - min(room, self.context // 2)
         forgotten, dropped = self.forgotten if self.templated else len(self.messages), 0
         while len(ids := self._ids(forgotten, text)) > most:
             if forgotten >= len(self.messages):
@@ -122,7 +119,7 @@ class Chat:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
+        sampling: Drawing,
         *,
         name: str = "model",
         system: str | None = None,
@@ -130,10 +127,9 @@ class Chat:
         notes: IO[str] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.name = model, tokenizer, sampling, name
-        self.conversation = Conversation(tokenizer, model.config.get_text_config().max_position_embeddings)
+        self.conversation = Conversation(tokenizer, context_length(model.config))
         self._out, self._notes = out or sys.stdout, notes or sys.stderr
         self._saved: set[Path] = set()
-        self._generator_state: Any = None
         if system is not None:
             self._set_system(system)
         if sampling.seed is not None:
@@ -187,10 +183,10 @@ class Chat:
         words = _Words(self.tokenizer, self._write)
         given = torch.tensor([ids], device=self.model.device)
         try:
-            with torch.no_grad():
-                self.model.generate(
-                    input_ids=given, attention_mask=torch.ones_like(given), streamer=words,
-                    generation_config=self._config(len(ids)),
+            with memory_said("lower --max_new_tokens, or start anew with /reset"):
+                generate_plainly(
+                    self.model, self._config(len(ids)), input_ids=given, attention_mask=torch.ones_like(given),
+                    streamer=words,
                 )  # fmt: skip
             stopped = False
         except KeyboardInterrupt:
@@ -202,18 +198,12 @@ class Chat:
         self.conversation.add(text, words.text)
         return words.text
 
-    def _config(self, used: int) -> GenerationConfig:
-        """Nothing that changes the distribution is left to the model's own config."""
-        greedy = self.sampling.temperature == 0
-        return GenerationConfig(
-            max_new_tokens=min(self.sampling.max_new_tokens, self.conversation.context - used),
-            eos_token_id=end_token_ids(self.model, self.tokenizer) or None,
-            pad_token_id=self.tokenizer.pad_token_id,
-            do_sample=not greedy,
-            temperature=1.0 if greedy else self.sampling.temperature,
-            top_p=1.0 if greedy else self.sampling.top_p,
-            top_k=50 if greedy else 0,
-        )
+    def _config(self, used: int) -> Any:
+        most, context = self.sampling.max_new_tokens, self.conversation.context
+        return generation_config(
+            self.model, self.tokenizer, max_new_tokens=most if context is None else min(most, context - used),
+            temperature=self.sampling.temperature, top_p=self.sampling.top_p,
+        )  # fmt: skip
 
     def _reset(self) -> None:
         self.conversation.reset()

@@ -52,8 +52,8 @@ def rows(rng: np.random.Generator, count: int, instructions: list[str] | None = 
     return [
         {
             "instruction": instructions[i] if instructions else f"instruction {i}",
-            "output_1": "x" * int(lengths[i, 0]), "output_2": "y" * int(lengths[i, 1]), "preference": float(p), "generator_1": "base", "generator_2": "model",
-            "dataset": f"set {i % 5}",
+            "output_1": "x" * int(lengths[i, 0]), "output_2": "y" * int(lengths[i, 1]), "preference": float(p),
+            "generator_1": "base", "generator_2": "model", "dataset": f"set {i % 5}",
         }
         for i, p in enumerate(rng.uniform(1, 2, count))
     ]  # fmt: skip

@@ -37,10 +37,10 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
 def _chat(options: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         raise UserError(f"chat does not know {' '.join(rest)}.")
-    from llmalign.chat import HELP, Chat, Sampling
+    from llmalign.chat import HELP, Chat, Drawing
     from llmalign.inference import load_for_inference, model_name
 
-    sampling = Sampling(options.temperature, options.top_p, options.max_new_tokens, options.seed)
+    sampling = Drawing(options.temperature, options.top_p, options.max_new_tokens, options.seed)
     model, tokenizer = load_for_inference(
         options.model, base=options.base, revision=options.revision, dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,

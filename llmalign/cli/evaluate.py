@@ -7,7 +7,7 @@ from typing import Any
 
 from llmalign.cli.common import SOMETHING_WRONG, console
 from llmalign.cli.generate import add_sampling_arguments, generate_with, sampling_of
-from llmalign.cli.judging import ONE_OF, add_judge_arguments, judge_of
+from llmalign.cli.judging import DEFAULTS, ONE_OF, add_judge_arguments, given, judge_of
 from llmalign.cli.winrate import add_constants_arguments, constants_of
 from llmalign.errors import UserError
 
@@ -64,6 +64,9 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     from llmalign.evaluate import EVALUATION, write_evaluation
     from llmalign.inference import model_name
 
+    unread = given(options, DEFAULTS) if not judged else ""
+    if unread:
+        raise UserError(f"{unread} belong to a judge, and none is named.")
     if options.benchmarks:
         from llmalign.evaluation.benchmarks import require_benchmarks
 
@@ -169,7 +172,7 @@ def _outputs(options: argparse.Namespace, folder: Path, name: str, model: str, b
 
     prompts = read_prompts(doctor_options(options.prompts, [])[0])[: options.max_rows]
     sampling, made = sampling_of(options), Made(folder, overwrite=options.overwrite)
-    of = (model_identity(model), base, options.dtype, asdict(sampling), [asdict(prompt) for prompt in prompts])
+    of = (model_identity(model, base), options.dtype, asdict(sampling), [asdict(prompt) for prompt in prompts])
     if not made.is_there(name, *of):
         own = argparse.Namespace(**{**vars(options), "base": base})
         generate_with(model, prompts, sampling, folder / name, own)

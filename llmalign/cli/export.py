@@ -75,9 +75,11 @@ def _merge_images(options: argparse.Namespace) -> int:
     from llmalign.export.files import folder_aside, require_room
 
     out = Path(options.out).expanduser()
-    require_room(out, overwrite=options.overwrite)
+    require_room(out, overwrite=options.overwrite, sources=(options.model, options.base))
     from llmalign.diffusion.merging import merge_image_adapter
+    from llmalign.diffusion.sampling import starting_point
 
+    require_room(out, overwrite=options.overwrite, sources=(starting_point(options.model, options.base),))
     with folder_aside(out, overwrite=options.overwrite) as aside:
         start = merge_image_adapter(options.model, aside, base=options.base, dtype=options.dtype)
     _say(f"{options.model} on {start}, merged in {shlex.quote(str(out))}; `llmalign sample` draws with it.")
@@ -88,10 +90,16 @@ def _gguf(options: argparse.Namespace, rest: list[str]) -> int:
     _refuse("gguf", rest)
     if options.context is not None and options.context < 1:
         raise UserError(f"--context is a number of tokens, not {options.context}.")
-    export_gguf = _exporter()
+    export_gguf = _exporter(options.dtype)
+    if options.check:
+        from llmalign.export.llama_cpp import require_llama_cpp
+
+        require_llama_cpp()
+    from llmalign.export.files import require_file
     from llmalign.export.merge import load_whole
     from llmalign.inference import model_name
 
+    require_file(Path(options.out).expanduser())
     template = _template(options.chat_template)
     model, tokenizer = load_whole(
         options.model, base=options.base, revision=options.revision, trust_remote_code=options.trust_remote_code
@@ -105,13 +113,15 @@ def _gguf(options: argparse.Namespace, rest: list[str]) -> int:
     return _check(written.path, model, tokenizer, options.dtype) if options.check else 0
 
 
-def _exporter() -> Any:
+def _exporter(dtype: str) -> Any:
+    """What writes the file, which knows the dtype."""
     try:
-        from llmalign.export.gguf import export_gguf
+        from llmalign.export.gguf import export_gguf, require_kind
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
         raise UserError("writing GGUF needs the gguf package: pip install 'llmalign[gguf]'") from error
+    require_kind(dtype)
     return export_gguf
 
 

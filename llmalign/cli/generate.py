@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from llmalign.cli.common import SOMETHING_WRONG, console
+from llmalign.cli.judging import filled, given, key_variable
 from llmalign.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+# Options of one of the two kinds of model alone, None where they are not given.
+LOADED = ("base", "dtype", "raw", "batch_size")
+ASKED = ("api_key_env", "concurrency", "timeout", "patience", "cache")
 
 GENERATE_HELP = """\
 MODEL is a run's folder, a checkpoint, an adapter (put on its base, or on --base), a model's folder, a Hub name or
@@ -35,11 +40,14 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
     command.add_argument("--name", metavar="GENERATOR", help="the outputs' generator (the model's name)")
     add_sampling_arguments(command)
-    command.add_argument("--url", metavar="URL", help="of an endpoint; it usually ends in /v1")
-    command.add_argument("--api_key_env", metavar="NAME", help="variable that holds its key (OPENAI_API_KEY; none: '')")
-    command.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once (8)")
-    command.add_argument("--cache", metavar="FILE", help="the endpoint's answers (answers.sqlite beside --out)")
-    command.set_defaults(run=_generate)
+    asked = command.add_argument_group("how an endpoint is asked")
+    asked.add_argument("--url", metavar="URL", help="of the endpoint; it usually ends in /v1")
+    asked.add_argument("--api_key_env", metavar="NAME", help="variable that holds its key (OPENAI_API_KEY; none: '')")
+    asked.add_argument("--concurrency", type=int, metavar="N", help="requests at once (8)")
+    asked.add_argument("--timeout", type=float, metavar="S", help="seconds for an answer (60 + max_new_tokens / 10)")
+    asked.add_argument("--patience", type=float, metavar="S", help="seconds of silence to sit out (300)")
+    asked.add_argument("--cache", metavar="FILE", help="its answers (answers.sqlite beside --out)")
+    command.set_defaults(run=_generate, batch_size=None)  # so that one that is given is known
 
 
 def add_sampling_arguments(command: argparse.ArgumentParser) -> None:
@@ -61,13 +69,17 @@ def sampling_of(options: argparse.Namespace) -> Any:
     from llmalign.evaluation.generate import Sampling
 
     names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size", "system", "raw")
-    return Sampling(**{name: vars(options)[name] for name in names})
+    named = {name: vars(options)[name] for name in names}
+    return Sampling(**{name: value for name, value in named.items() if value is not None})
 
 
 def _generate(options: argparse.Namespace, rest: list[str]) -> int:
     out, sampling = Path(options.out), sampling_of(options)
-    if options.url and (options.base or options.raw or options.dtype):
-        raise UserError("--base, --raw and --dtype are for models that are loaded here, not for an endpoint.")
+    foreign = given(options, LOADED if options.url else ASKED)
+    if foreign and options.url:
+        raise UserError(f"A model that is loaded here takes {foreign}, an endpoint does not: leave it out, or --url.")
+    if foreign:
+        raise UserError(f"A model at an endpoint takes {foreign}, one that is loaded here does not: give --url.")
     _check_room(out, options.overwrite)
     prompts = _prompts(options.prompts, rest)
     if options.url:
@@ -110,21 +122,23 @@ def generate_with(
     from llmalign.inference import load_for_inference, model_identity, model_name
 
     loaded, tokenizer = load_for_inference(model, base=options.base, dtype=options.dtype)
-    identity = f"{model_identity(model)} on {options.base} in {loaded.dtype}"
+    identity = f"{model_identity(model, options.base)} in {loaded.dtype}"
     return generate_locally(
         loaded, tokenizer, prompts, sampling, generator=name or model_name(model), identity=identity, out=out
     )
 
 
 def _remotely(options: argparse.Namespace, prompts: Any, sampling: Any, out: Path) -> int:
-    from llmalign.cli.judging import key_variable
     from llmalign.evaluation.generate import generate_remotely
     from llmalign.judges import JudgeClient
 
-    cache = options.cache or out.parent / "answers.sqlite"
+    asked = filled(options, {
+        "cache": out.parent / "answers.sqlite", "concurrency": 8, "patience": 300.0,
+        "timeout": 60 + sampling.max_new_tokens / 10,
+    })  # fmt: skip
     with JudgeClient(
-        options.model, options.url, cache=cache, api_key_env=key_variable(options), concurrency=options.concurrency,
-        who="model", extra_body=None if options.top_p == 1 else {"top_p": options.top_p},
+        options.model, options.url, api_key_env=key_variable(options), **asked, who="model",
+        extra_body=None if options.top_p == 1 else {"top_p": options.top_p},
     ) as client:  # fmt: skip
         rows, failed = generate_remotely(client, prompts, sampling, generator=options.name or options.model, out=out)
     console().print(f"{len(rows)} answers, {failed} failed: {out}", markup=False, highlight=False, soft_wrap=True)

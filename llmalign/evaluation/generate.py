@@ -7,7 +7,6 @@ endpoint's are kept in the client's cache.
 import hashlib
 import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,8 +18,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from llmalign.errors import UserError
 from llmalign.evaluation.annotations import Row, write_json, write_text
 from llmalign.evaluation.prompts import Prompt, read_prompts
-from llmalign.judges import ChatRequest, Failure, JudgeClient
-from llmalign.scores.sampling import end_token_ids, sample_groups
+from llmalign.judges import Answer, ChatRequest, Failure, JudgeClient
+from llmalign.scores.sampling import check_sampling, context_length, end_token_ids, memory_said, sample_groups
 
 __all__ = ["ERROR", "Prompt", "Sampling", "generate_locally", "generate_remotely", "prompt_ids", "read_prompts"]
 
@@ -47,10 +46,9 @@ class Sampling:
     raw: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            raise UserError("max_new_tokens and batch_size are at least 1")
-        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1):
-            raise UserError("temperature is at least 0, and top_p lies above 0 and is at most 1")
+        check_sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is at least 1, not {self.batch_size}")
         if self.raw and self.system is not None:
             raise UserError("a system message needs the chat template, which raw leaves out: give one of the two")
 
@@ -72,11 +70,12 @@ def generate_locally(
     `out`.partial.jsonl once it is drawn: a killed call costs one batch, and the next ends with the same answers. What
     another `identity` of the model, other prompts or settings left there is not gone on with. A prompt that fills the
     model's context has an empty answer, one that nearly does a shorter one; both are said. Raises UserError for a
-    conversation without a chat template. Not covered: two calls that write to one `out` at the same time.
+    conversation without a chat template, and where memory runs out. Not covered: two calls that
+    write to one `out` at the same time.
     """
     out = Path(out)
     ids = prompt_ids(tokenizer, prompts, sampling)
-    context = model.config.get_text_config().to_dict().get("max_position_embeddings")
+    context = context_length(model.config)
     batches, overlong = _batches(ids, sampling, context)
     _say_lengths(batches, overlong, sampling, context)
     whole = json.dumps([identity, generator, ids, context, asdict(sampling)], sort_keys=True)
@@ -120,8 +119,9 @@ def generate_remotely(
     """The same by a model behind an endpoint, which has the chat template; the rows, and how many have no answer.
 
     Answers are kept in the client's cache, those drawn at a temperature under a seed of their row. A row without an
-    answer has an empty output and says why in `error`; the next call asks for it again. `top_p` goes through the
-    client's `extra_body`. Raises UserError as the client does, and where no prompt has an answer.
+    answer has an empty output and says why in `error`; the next call asks for it again. An answer without text, such
+    as one that has used up its tokens in thought, is none. `top_p` goes through the client's `extra_body`. Raises
+    UserError as the client does, and where no prompt has an answer.
     """
     if sampling.raw:
         raise UserError("an endpoint for chats puts the chat template on by itself: leave raw out")
@@ -133,7 +133,7 @@ def generate_remotely(
         )
         for place, prompt in enumerate(prompts)
     ]  # fmt: skip
-    replies = client.ask(requests, progress)
+    replies = _replies(client, requests, progress)
     rows = [
         {**_row(prompt, "", generator), ERROR: reply.message}
         if isinstance(reply, Failure)
@@ -149,6 +149,27 @@ def generate_remotely(
     if reasons:
         logger.warning("%d prompts have no answer, such as: %s; ask for them again.", len(reasons), reasons[0])
     return rows, len(reasons)
+
+
+def _replies(client: JudgeClient, requests: Sequence[ChatRequest], progress: bool) -> list[Answer | Failure]:
+    """Answers with a text, or why there is none; empty ones are not kept, and those that were kept are asked again."""
+    replies = client.ask(requests, progress)
+    known = [place for place, reply in enumerate(replies) if _is_empty(reply) and reply.cached]  # type: ignore[union-attr]
+    if known:
+        client.forget([requests[place] for place in known])
+        for place, reply in zip(known, client.ask([requests[place] for place in known], progress), strict=True):
+            replies[place] = reply
+    empty = [place for place, reply in enumerate(replies) if _is_empty(reply)]
+    client.forget([requests[place] for place in empty])
+    for place in empty:
+        used, limit = replies[place].completion_tokens, requests[place].max_tokens  # type: ignore[union-attr]
+        more = f", and all {limit} tokens are used: give more with max_new_tokens" if used >= limit else ""
+        replies[place] = Failure(f"the answer has no text{more}")
+    return replies
+
+
+def _is_empty(reply: Answer | Failure) -> bool:
+    return isinstance(reply, Answer) and not reply.text.strip()
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
@@ -203,10 +224,11 @@ def _draw(
     model: Any, tokenizer: Any, ids: list[list[int]], limit: int, sampling: Sampling, number: int
 ) -> list[list[int]]:
     seed = hashlib.blake2b(f"{sampling.seed}:{number}".encode(), digest_size=8).digest()
-    groups = sample_groups(
-        model, tokenizer, ids, samples=1, max_new_tokens=limit, temperature=sampling.temperature,
-        top_p=sampling.top_p, seed=int.from_bytes(seed, "big") >> 1, batch_size=len(ids),
-    )  # fmt: skip
+    with memory_said("lower batch_size or max_new_tokens"):
+        groups = sample_groups(
+            model, tokenizer, ids, samples=1, max_new_tokens=limit, temperature=sampling.temperature,
+            top_p=sampling.top_p, seed=int.from_bytes(seed, "big") >> 1, batch_size=len(ids),
+        )  # fmt: skip
     return [group[0] for group in groups]
 
 

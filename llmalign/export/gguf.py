@@ -59,6 +59,12 @@ class _Plan:
     heads: int | None  # whose rows are interleaved
 
 
+def require_kind(dtype: str) -> None:
+    """Raise UserError for a dtype that is not one of a GGUF file's."""
+    if dtype not in KINDS:
+        raise UserError(f"--dtype of a GGUF file is one of {', '.join(KINDS)}, not {dtype!r}.")
+
+
 def export_gguf(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -77,8 +83,7 @@ def export_gguf(
     of the model is held. Raises UserError for other architectures, positions, activations and tokenizers than
     llama.cpp has, and for weights too large for f16. Not covered: files in parts, k-quants, mixtures of experts.
     """
-    if dtype not in KINDS:
-        raise UserError(f"--dtype of a GGUF file is one of {', '.join(KINDS)}, not {dtype!r}.")
+    require_kind(dtype)
     path = Path(path).expanduser()
     arch = _architecture(model)
     vocabulary = read_vocabulary(tokenizer, model, chat_template)

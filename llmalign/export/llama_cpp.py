@@ -68,8 +68,7 @@ def check_gguf(
     part from them at a near tie. Raises UserError without xllamacpp, and where llama.cpp does not load the file. Not
     covered: the chat template, other devices than the CPU.
     """
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise UserError("--check loads the file in llama.cpp, which needs xllamacpp: pip install xllamacpp")
+    require_llama_cpp()
     model = model.float().eval()
     ends = end_token_ids(model, tokenizer)
     plain = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
@@ -87,6 +86,12 @@ def check_gguf(
             agreeing += _same(tokens, answer["tokens"])
             told += len(tokens)
     return Check(gap, TOLERANCES[dtype], agreeing, told, len(texts), wrong)
+
+
+def require_llama_cpp() -> None:
+    """Raise UserError without xllamacpp."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise UserError("--check loads the file in llama.cpp, which needs xllamacpp: pip install xllamacpp")
 
 
 def tokenize(url: str, text: str) -> list[int]:

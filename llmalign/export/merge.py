@@ -55,8 +55,9 @@ def merge_adapter(
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype of a merged model is one of {', '.join(DTYPES)}, not {dtype!r}.")
     out = Path(out).expanduser()
-    require_room(out, overwrite=overwrite)
+    require_room(out, overwrite=overwrite, sources=(model, base))
     loaded, tokenizer, named, gap = _load_merged(model, base, revision, trust_remote_code)
+    require_room(out, overwrite=overwrite, sources=(named,))
     dtype = dtype or _stored_dtype(named, trust_remote_code)
     loaded.to(getattr(torch, dtype))
     with folder_aside(out, overwrite=overwrite) as aside:

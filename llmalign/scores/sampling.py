@@ -1,12 +1,25 @@
 """Completions sampled from a model, reproducibly, each prompt read once for all of its completions."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer
+
+from llmalign.errors import UserError
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -15,6 +28,34 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     ids = {tokenizer.eos_token_id}
     ids.update(configured if isinstance(configured, list) else [configured])
     return sorted(i for i in ids if i is not None)
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens that a model's context holds, under whatever name its config has for them; None where it has no limit."""
+    text = config.get_text_config()
+    name = text.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    return text.to_dict().get(name)
+
+
+def check_sampling(*, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise UserError for a temperature below 0 or none, a top_p outside (0, 1] and fewer than one new token."""
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature is at least 0, not {temperature:g}")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is above 0 and at most 1, not {top_p:g}")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is at least 1, not {max_new_tokens}")
+
+
+@contextmanager
+def memory_said(way_out: str) -> Iterator[None]:
+    """Where memory runs out, of the GPU or of this machine, raise UserError that ends in `way_out`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error).lower() for words in NO_MEMORY):
+            raise
+        raise UserError(f"there is not enough memory to draw these answers: {way_out}") from error
 
 
 def sample_completions(
@@ -47,9 +88,7 @@ def sample_groups(
     completions. `progress` wraps the iterable of batch starts. Not covered: beam search, models split over ranks
     (ZeRO-3, FSDP).
     """
-    config = _generation_config(
-        tokenizer, end_token_ids(model, tokenizer), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
-    )
+    config = generation_config(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     device = model.device
     order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
     at_a_time = max(1, batch_size // samples)
@@ -70,24 +109,46 @@ def sample_groups(
     return groups
 
 
-def _generation_config(
-    tokenizer: PreTrainedTokenizerBase, ends: list[int], *, max_new_tokens: int, temperature: float, top_p: float
+def generation_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
 ) -> GenerationConfig:
-    """A config that leaves nothing which changes the distribution to the model's own; temperature 0 is greedy."""
+    """How to draw from the model's own distribution, for `generate_plainly`; temperature 0 is greedy."""
     greedy = temperature == 0
     # Greedy search has the library's defaults for what it does not read, or it warns that they have no effect.
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=ends or None,
+        eos_token_id=end_token_ids(model, tokenizer) or None,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=not greedy,
         temperature=1.0 if greedy else temperature,
         top_p=1.0 if greedy else top_p,
         top_k=50 if greedy else 0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         use_cache=True,
     )
+
+
+@torch.no_grad()
+def generate_plainly(model: PreTrainedModel, config: GenerationConfig, **inputs: Any) -> Tensor:
+    """What the model's `generate` gives with `config` alone.
+
+    transformers fills what a config leaves open from the model's own: penalties, min_p, typical_p, suppressed tokens,
+    least lengths. None of that is in the model's distribution, so its own config is put aside until the call returns.
+    """
+    # An adapter hands its own to the model inside.
+    holders: Any = [model, *(module for module in model.modules() if isinstance(module, GenerationMixin))]
+    own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        return model.generate(generation_config=config, **inputs)
+    finally:
+        for holder, before in zip(holders, own, strict=True):
+            holder.generation_config = before
 
 
 def cut_at_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
@@ -114,7 +175,7 @@ def _generate(
             cache.batch_repeat_interleave(samples)
             options["past_key_values"] = cache
         ids, mask = ids.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
+    output = generate_plainly(model, config, input_ids=ids, attention_mask=mask, **options)
     return output[:, ids.shape[1] :].tolist()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from llmalign.cli import main
 from llmalign.embedded import ensure_tiny
@@ -143,3 +144,32 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_settings_that_cannot_be_meant(bad: dict) -> None:
     with pytest.raises(UserError):
         Sampling(**bad)
+
+
+def test_a_context_of_another_name_and_none(tiny, tmp_path: Path) -> None:
+    """GPT-2 has n_positions and would read past them; Bloom has no limit."""
+    tokenizer, common = tiny[1], {"vocab_size": len(tiny[1]), "n_layer": 1, "n_head": 2}
+    prompts = [Prompt("the fox " * 4), Prompt("the fox " * 40)]
+    short = GPT2LMHeadModel(GPT2Config(n_embd=16, n_positions=32, **common)).eval()
+    rows = answers((short, tokenizer), tmp_path / "g.json", prompts, raw=True, max_new_tokens=40)
+    assert rows[0]["output"] and rows[1]["output"] == ""
+    free = BloomForCausalLM(BloomConfig(hidden_size=16, **common)).eval()
+    assert all(row["output"] for row in answers((free, tokenizer), tmp_path / "b.json", prompts, raw=True))
+
+
+def test_memory_that_runs_out_is_said(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(tiny[0], "forward", full)
+    with pytest.raises(UserError, match="not enough memory .* lower batch_size or max_new_tokens"):
+        answers(tiny, tmp_path / "o.json")
+
+
+@pytest.mark.parametrize("option", [["--cache", "f"], ["--timeout", "9"], ["--patience", "0"], ["--api_key_env", ""]])
+def test_what_a_loaded_model_does_not_read_is_refused(tmp_path: Path, capsys, option: list[str]) -> None:
+    arguments = ["generate", "embedded:tiny", "--prompts", "none.txt", "--out", str(tmp_path / "o.json")]
+    assert main([*arguments, *option]) == 2
+    assert f"takes {option[0]}, one that is loaded here does not" in capsys.readouterr().err
+    assert main([*arguments, "--url", "http://127.0.0.1:9/v1", "--batch_size", "4"]) == 2
+    assert "takes --batch_size, an endpoint does not" in capsys.readouterr().err

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
-from llmalign.chat import Chat, Conversation, Sampling
+from llmalign.chat import Chat, Conversation, Drawing
 from llmalign.cli import main
 from llmalign.errors import UserError
 
-GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
+GREEDY = Drawing(temperature=0.0, max_new_tokens=8)
 Chats = Callable[..., Chat]
 
 
@@ -23,7 +23,7 @@ Chats = Callable[..., Chat]
 def chats(tiny_model: Any, tiny_model_dir: Path) -> Chats:
     """Makes a chat of the random model, which answers nonsense and seldom ends, with its output in memory."""
 
-    def make(sampling: Sampling = GREEDY, *, template: bool = True, **options: Any) -> Chat:
+    def make(sampling: Drawing = GREEDY, *, template: bool = True, **options: Any) -> Chat:
         tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
         if not template:
             tokenizer.chat_template = None
@@ -79,7 +79,7 @@ def test_an_answer_is_written_word_by_word(chats: Chats) -> None:
             self.parts.append(text)
             return super().write(text)
 
-    chat = chats(Sampling(temperature=0.0, max_new_tokens=60), out=Written())
+    chat = chats(Drawing(temperature=0.0, max_new_tokens=60), out=Written())
     answer = chat.answer("Please write a short and polite answer to the question.")
     parts = chat._out.parts
     assert "".join(parts) == answer + "\n" and len([part for part in parts if part.strip()]) > 3
@@ -146,7 +146,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chats: Chats) -> None:
             signal.raise_signal(signal.SIGINT)
         return line
 
-    chat = chats(Sampling(temperature=0.0, max_new_tokens=200), out=Interrupted())
+    chat = chats(Drawing(temperature=0.0, max_new_tokens=200), out=Interrupted())
     chat.run(read)
     first, second = chat.conversation.messages[1]["content"], chat.conversation.messages[3]["content"]
     assert said(chat)[1].splitlines() == ["[stopped]", "", "/quit or the end of the input (Ctrl-D) leaves."]
@@ -155,7 +155,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chats: Chats) -> None:
 
 def test_a_full_context_drops_the_oldest_turns(chats: Chats) -> None:
     """512 tokens, of which 100 are for the answer; the system prompt stays."""
-    chat = chats(Sampling(temperature=0.0, max_new_tokens=100), system="Be calm.")
+    chat = chats(Drawing(temperature=0.0, max_new_tokens=100), system="Be calm.")
     chat.run(read_from(*[f"Turn {number}: " + "river " * 12 for number in range(6)]))
     out, notes = said(chat)
     assert "the oldest turn is dropped" in notes and len(out.splitlines()) >= 6
@@ -201,7 +201,7 @@ def test_a_template_that_refuses_a_system_prompt(chats: Chats) -> None:
 def test_a_seed_draws_the_same_again(chats: Chats) -> None:
     answers = []
     for seed in (3, 3, 4):
-        chat = chats(Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, seed=seed))
+        chat = chats(Drawing(temperature=1.0, top_p=1.0, max_new_tokens=12, seed=seed))
         answers.append((chat.answer("Hello."), chat.answer("Hello.")))
     assert answers[0] == answers[1] != answers[2] and answers[0][0] != answers[0][1]
 
@@ -212,7 +212,7 @@ def test_a_seed_draws_the_same_again(chats: Chats) -> None:
 )
 def test_numbers_that_cannot_be(options: dict[str, float], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Sampling(**options)
+        Drawing(**options)
 
 
 def test_a_pipe(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,3 +229,39 @@ def test_the_command_refuses(tiny_model_dir: Path, capsys: pytest.CaptureFixture
     assert main(["chat", str(tiny_model_dir), "--wrong"]) == 2
     assert "chat does not know --wrong" in capsys.readouterr().err
     assert main(["chat", str(tiny_model_dir), "--top_p", "2"]) == 2
+
+
+def test_a_model_s_own_settings_change_nothing(chats: Chats) -> None:
+    chat = chats()
+    own = chat.model.generation_config
+    before = own.to_dict()
+    own.update(repetition_penalty=9.0, min_new_tokens=8, suppress_tokens=[*range(100)])
+    try:
+        assert chat.answer("Hello.") == greedy(chat, [{"role": "user", "content": "Hello."}])
+        assert chat.model.generation_config is own and own.repetition_penalty == 9.0
+    finally:
+        own.update(**before)
+
+
+def test_a_model_without_an_end_of_its_context(tiny_tokenizer: Any) -> None:
+    config = BloomConfig(vocab_size=len(tiny_tokenizer), hidden_size=16, n_layer=1, n_head=2)
+    chat = Chat(BloomForCausalLM(config).eval(), tiny_tokenizer, GREEDY, out=io.StringIO(), notes=io.StringIO())
+    chat.run(read_from("a " * 300, "b " * 300))
+    assert len(chat.conversation.messages) == 4 and said(chat)[1] == ""
+
+
+def test_memory_that_runs_out_leaves_the_talk(chats: Chats, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    chat = chats()
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.model, "forward", full)
+        chat.run(read_from("Hello."))
+    assert "lower --max_new_tokens" in said(chat)[1] and not chat.conversation.messages
+    assert chat.answer("Hello.") is not None
+
+
+def test_a_temperature_that_is_no_number() -> None:
+    with pytest.raises(UserError, match="temperature"):
+        Drawing(temperature=float("nan"))

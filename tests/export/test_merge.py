@@ -1,5 +1,6 @@
 """Adapters merged into their base: the same answers without PEFT, and sentences for what cannot be merged."""
 
+import errno
 import json
 import logging
 import shutil
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmalign.cli import main
 from llmalign.errors import UserError
+from llmalign.export.files import file_aside, folder_aside
 from llmalign.export.merge import load_whole, merge_adapter
 from llmalign.inference import load_for_inference
 from tests.export import models
@@ -197,3 +199,45 @@ def test_commands(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def _propagate(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the log is seen after a command has set it up."""
     monkeypatch.setattr(logging.getLogger("llmalign"), "propagate", True)
+
+
+def test_what_a_result_is_made_from_is_never_replaced(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "x"
+    shutil.copytree(lora, run)
+    (tmp_path / "link").symlink_to(run)
+    for out in (run, run.parent, tmp_path / "link", lora.parent / "base"):
+        assert main(["merge", str(run), "--out", str(out), "--overwrite"]) == 2
+        assert "which the result is made from" in capsys.readouterr().err
+    monkeypatch.chdir(run.parent)
+    for out in (".", "..", str(run.parent)):
+        assert main(["merge", "x", "--out", out, "--overwrite"]) == 2
+        assert "holds the folder that this command runs in" in capsys.readouterr().err
+    assert (run / "adapter_model.safetensors").is_file() and (lora.parent / "base" / "config.json").is_file()
+    assert main(["merge", "x", "--out", "merged"]) == 0
+
+
+def test_only_what_cannot_be_written_is_called_so(tmp_path: Path) -> None:
+    for aside_of in (folder_aside, file_aside):
+        with pytest.raises(FileNotFoundError, match="elsewhere"), aside_of(tmp_path / "out"):
+            (tmp_path / "elsewhere").read_text()
+        with pytest.raises(UserError, match="out cannot be written: No such"), aside_of(tmp_path / "out") as aside:
+            (aside / "no" / "folder").write_text("")
+        with pytest.raises(UserError, match="out cannot be written: full"), aside_of(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, "full")
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match="cannot be written"), aside_of(tmp_path / "file" / "out"):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_gguf_says_at_once_what_it_cannot_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf", reason="needs the gguf package: pip install 'llmalign[gguf]'")
+    arguments = ["gguf", "./nowhere", "--out", str(tmp_path / "m.gguf")]
+    assert main([*arguments, "--dtype", "q4"]) == 2 and "one of f32" in capsys.readouterr().err
+    assert main(["gguf", "./nowhere", "--out", str(tmp_path)]) == 2 and "is a folder" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([*arguments, "--check"]) == 2 and "pip install xllamacpp" in capsys.readouterr().err

@@ -1,15 +1,18 @@
 """Loading what was trained: adapters beside their base, runs, and sentences for what is none."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, LlamaForSequenceClassification
 
 from llmalign.embedded import ensure_tiny
 from llmalign.errors import UserError
-from llmalign.inference import load_for_inference, model_name
+from llmalign.inference import load_for_inference, model_identity, model_name
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 
@@ -84,3 +87,43 @@ def test_names(tmp_path: Path) -> None:
     assert model_name("org/model") == "org/model"
     assert model_name(f"{tmp_path}/rpo/") == "rpo"
     assert model_name(f"{tmp_path}/rpo/checkpoint-4") == "rpo/checkpoint-4"
+
+
+def test_dtypes_are_checked_first() -> None:
+    with pytest.raises(UserError, match="one of float32, bfloat16, float16, auto, not 'fp16'"):
+        load_for_inference("./nowhere", dtype="fp16")
+
+
+def test_weights_that_are_broken_are_said(tmp_path: Path) -> None:
+    shutil.copytree(ensure_tiny(), tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0not it.")
+    with pytest.raises(UserError, match="no text model can be loaded from"):
+        load_for_inference(str(tmp_path / "broken"))
+
+
+def test_a_reward_model_writes_no_texts(adapter: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(ensure_tiny(), num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward")
+    with pytest.raises(UserError, match="writes none .LlamaForSequenceClassification.; a judge takes it"):
+        load_for_inference(str(tmp_path / "reward"))
+    shutil.copytree(adapter, tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": "SEQ_CLS"}))
+    with pytest.raises(UserError, match="is an adapter for SEQ_CLS"):
+        load_for_inference(str(tmp_path / "lora"))
+
+
+def test_an_identity_is_of_the_place_and_of_the_base(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    shutil.copytree(ensure_tiny(), base)
+    shutil.copytree(adapter, lora)
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    monkeypatch.chdir(tmp_path)
+    before = model_identity("lora")
+    assert before == model_identity("./lora") == model_identity(str(lora)) == model_identity("lora", "./base")
+    assert before != model_identity("lora", "embedded:tiny")
+    os.utime(base / "model.safetensors", (1, 1))
+    assert model_identity("lora") != before

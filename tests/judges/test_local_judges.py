@@ -89,4 +89,27 @@ def test_judgements_of_a_function_may_be_none(
     (tmp_path / "never.py").write_text("def never(prompts, first, second):\n    return [float('nan')] * len(first)\n")
     assert main([*files, "--function", f"{tmp_path}/never.py:never"]) == 1
     assert f"{ROWS} rows have no result" in caplog.text
-    assert json.loads((tmp_path / "annotations.json").read_text())[0]["preference"] is None
+    row = json.loads((tmp_path / "annotations.json").read_text())[0]
+    assert row["preference"] is None and row["reason"] == "the function gave no number"
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("--reward_model", ["--both_orders"]), ("--preference_model", ["--cache", "f"]), ("--function", ["--url", "u"]),
+        ("--function", ["--letters", "A", "B"]), ("--reward_model", ["--order_seed", "0"]),
+        ("--preference_model", ["--patience", "300"]), ("--reward_model", ["--template", "f"]),
+        ("--function", ["--api_key_env", ""]),
+    ],
+)  # fmt: skip
+def test_what_a_local_judge_does_not_read_is_refused(files: list[str], capsys, kind: str, options: list[str]) -> None:
+    assert main([*files, kind, "none", *options]) == 2
+    assert f"{kind} does not read {options[0]}: leave it out" in capsys.readouterr().err
+
+
+def test_what_an_endpoint_would_not_read_is_refused(files: list[str], capsys) -> None:
+    endpoint = [*files, "--judge", "m", "--url", "http://127.0.0.1:9/v1"]
+    assert main([*endpoint, "--answers", "text", "--top_logprobs", "9"]) == 2
+    assert main([*endpoint, "--both_orders", "--order_seed", "9"]) == 2
+    said = capsys.readouterr().err
+    assert "--top_logprobs is not read" in said and "--order_seed is not read" in said

@@ -81,3 +81,12 @@ def test_ci_script_is_executable_and_parses() -> None:
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_no_script_hides_a_library() -> None:
+    """A script's folder comes first on the path of everything that it imports."""
+    names = {path.stem for path in (ROOT / "scripts").glob("*.py")} | {
+        path.name for path in (ROOT / "scripts").iterdir() if (path / "__init__.py").is_file()
+    }
+    libraries = {"accelerate", "datasets", "evaluate", "peft", "torch", "transformers", "trl", "diffusers", "gguf"}
+    assert not names & libraries

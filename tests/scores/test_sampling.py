@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, RwkvConfig, RwkvForCausalLM
+from transformers import (
+    BloomConfig,
+    GenerationConfig,
+    GPT2Config,
+    MistralConfig,
+    MistralForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
-from llmalign.scores.sampling import cut_at_end, sample_completions, sample_groups
+from llmalign.errors import UserError
+from llmalign.scores.sampling import context_length, cut_at_end, memory_said, sample_completions, sample_groups
 from tests.trainers import tiny
 
 END = 1
@@ -207,3 +217,41 @@ def test_one_completion_a_prompt_is_what_generate_gives():
 def test_greedy_groups_are_all_alike():
     groups = sample_groups(tiny.model(), tiny.tokenizer(), PROMPTS, samples=3, max_new_tokens=5, temperature=0)
     assert all(group[0] == group[1] == group[2] for group in groups) and len({tuple(g[0]) for g in groups}) > 1
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize(
+    "own", [{"min_p": 0.9}, {"repetition_penalty": 1e6}, {"suppress_tokens": [*range(2, 99)]}, {"typical_p": 0.05}]
+)
+def test_a_model_s_own_settings_change_nothing(own, adapter):
+    options = {"max_new_tokens": 30, "seed": 3}
+    expected = sample_completions(tiny.model(), tiny.tokenizer(), PROMPTS, **options)
+    model = inner = tiny.model()
+    model.generation_config.update(do_sample=True, **own)
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    before = [model.generation_config.to_dict(), inner.generation_config.to_dict()]
+    with torch.no_grad():
+        ids = torch.tensor([PROMPTS[0]])
+        torch.manual_seed(3)
+        theirs = model.generate(input_ids=ids, do_sample=True, top_k=0, max_new_tokens=30)[
+            0, len(PROMPTS[0]) :
+        ].tolist()
+    assert theirs != sample_completions(model, tiny.tokenizer(), PROMPTS[:1], **options)[0], "they change nothing here"
+    assert sample_completions(model, tiny.tokenizer(), PROMPTS, **options) == expected
+    assert [model.generation_config.to_dict(), inner.generation_config.to_dict()] == before
+
+
+def test_the_context_has_many_names():
+    assert context_length(MistralConfig(max_position_embeddings=77)) == 77
+    assert context_length(GPT2Config(n_positions=33)) == 33
+    assert context_length(BloomConfig()) is None
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
+def test_memory_that_runs_out_is_said(error):
+    with pytest.raises(UserError, match="not enough memory .*: eat less"), memory_said("eat less"):
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), memory_said("eat less"):
+        raise RuntimeError("shapes differ")

@@ -1,0 +1,11 @@
+"""`python scripts/evaluate_model.py MODEL [options]`: the same as `llmalign evaluate`.
+
+Not called evaluate: from this folder, which comes first on the path of its scripts, it would hide the library of that name.
+"""
+
+import sys
+
+from llmalign.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))
