@@ -1,6 +1,6 @@
 """`python scripts/evaluate_model.py MODEL [options]`: the same as `llmalign evaluate`.
 
-Not called evaluate: from this folder, which comes first on the path of its scripts, it would hide the library of that name.
+Not called evaluate: this folder comes first on the path of its scripts, and it would hide the library of that name.
 """
 
 import sys
