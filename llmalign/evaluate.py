@@ -31,6 +31,8 @@ OUTPUTS, REFERENCE, ANNOTATIONS, LEADERBOARD, EVALUATION = (
     "model_outputs.json", "reference_outputs.json", "annotations.json", "leaderboard.csv", "evaluation.json",
 )  # fmt: skip
 MADE_FILE = "made.json"
+THERE = "%s is there already."
+REMADE = "%s was made of something else: it is made again, and numbers there are of the earlier one until this ends."
 FORMAT = 1
 OF_WIN_RATES = ("reference", "judge", "prompts", "winrate", "interval", "per_dataset", "lengths")
 LIBRARIES = ("llmalign", "torch", "transformers", "trl", "peft", "datasets")
@@ -71,7 +73,7 @@ class Made:
         path = self._folder / name
         if path.is_file() and self.is_ours(name):
             same = self._made[name]["of"] == _digest(of)
-            logger.info("%s is there already." if same else "%s was made of something else: it is made again.", path)
+            logger.info(THERE if same else REMADE, path)
             return same
         if path.is_file() and not self._overwrite:
             raise UserError(
@@ -93,7 +95,8 @@ def preference_accuracy(
 
     By the log-ratio to the run's reference (an adapter's base, a run's start, the recipe's own reference), or by the
     log-prob alone where none is known; `by` says which. `dropped` pairs have a prompt that fills `max_length`,
-    `cut` ones a response that goes beyond it; both are logged. Raises UserError where data or models cannot be read.
+    `cut` ones a response that goes beyond it; both are logged, and so is data that the run was `trained_on`. Raises
+    UserError where data or models cannot be read.
     """
     loaded, tokenizer = load_for_inference(model, base=base, dtype=dtype)
     raw = load([pairs], kind="pairs")
@@ -117,7 +120,24 @@ def preference_accuracy(
         others = pair_margins(reference, rows, progress=_bar("Scoring pairs, its start"), **options)
     by = "log-prob" if others is None else "log-ratio to the start"
     found = asdict(pair_accuracy(rows, margins, others))
-    return {**found, "by": by, "data": pairs.path, "dropped": dropped, "cut": cut}
+    trained_on = _trained_on(model, pairs)
+    if trained_on:
+        logger.warning(
+            "%s is what the model was trained on: such pairs are not held out; choose others with --split or --where.",
+            pairs.path,
+        )
+    return {**found, "by": by, "data": pairs.path, "dropped": dropped, "cut": cut, "trained_on": trained_on}
+
+
+def _trained_on(model: str, pairs: DataSource) -> bool:
+    """Whether a run's recipe names the same data, and nothing sets its rows apart from these."""
+    folder = Path(model).expanduser()
+    file = next((file for file in (folder / RUN_FILE, folder.parent / RUN_FILE) if file.is_file()), None)
+    recipe = {} if file is None else _json(file)
+    same = recipe.get("dataset_name") == pairs.path
+    return (
+        same and pairs.split in (None, recipe.get("dataset_train_split")) and pairs.where in (None, recipe.get("where"))
+    )
 
 
 def _longest(row: Row) -> int:

@@ -47,7 +47,12 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     if rest and not options.pairs:
-        raise UserError(f"evaluate does not know {' '.join(rest)}; what reads rows is for --pairs.")
+        from llmalign.recipe import nearest
+
+        near = nearest(rest[0].lstrip("-").split("=")[0], sorted(set(vars(options)) - {"command", "run"}))
+        raise UserError(
+            f"evaluate does not know {rest[0]}; the nearest is --{near}, and what reads rows needs --pairs."
+        )
     for name in ("max_rows", "max_length", "limit"):
         if vars(options)[name] is not None and vars(options)[name] < 1:
             raise UserError(f"--{name} is at least 1, not {vars(options)[name]}.")
@@ -59,8 +64,12 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     if not (options.prompts or options.pairs or options.benchmarks):
         raise UserError("There is nothing to measure: give --prompts with a judge, --pairs or --benchmarks.")
     if judged != bool(options.prompts):
-        raise UserError("A judge needs --prompts, and prompts a judge: --judge, --reward_model, --preference_model or "
-                        "--function; outputs alone are made by `llmalign generate`.")  # fmt: skip
+        raise UserError(
+            "A judge needs --prompts to judge answers to."
+            if judged
+            else "--prompts need a judge: --judge, --reward_model, "
+            "--preference_model or --function; answers alone are made by `llmalign generate`."
+        )
     from llmalign.evaluate import EVALUATION, write_evaluation
     from llmalign.inference import model_name
 
@@ -207,7 +216,8 @@ def _print(found: dict[str, Any], file: Path) -> None:
         table.add_row("characters an answer, the reference's", f"{lengths['model']:.0f}, {lengths['reference']:.0f}")
     if found["accuracy"] is not None:
         table.add_row(f"preference accuracy, by {found['accuracy']['by']}, %", _interval(found["accuracy"], 100))
-        table.add_row("pairs", str(found["accuracy"]["n"]))
+        trained = ", of the data that it was trained on" if found["accuracy"]["trained_on"] else ""
+        table.add_row(f"pairs{trained}", str(found["accuracy"]["n"]))
     for task, metrics in (found["benchmarks"] or {}).items():
         for name, value in metrics.items():
             table.add_row(Text(f"{task}, {name}"), f"{value:.4g}")

@@ -211,7 +211,8 @@ def _judged(evaluation: dict[str, Any]) -> str:
             lines.append(f"| length-controlled | {rate['length_controlled_winrate']:.2f} |")
         lines.append(f"| judged answers | {rate['n_rows']} of {_source(evaluation)} |")
     if accuracy:
-        lines.append(f"| preference accuracy on {accuracy['n']} held-out pairs, % | {_interval(accuracy, 100)} |")
+        kind = "pairs of the training data" if accuracy.get("trained_on") else "pairs"
+        lines.append(f"| preference accuracy on {accuracy['n']} {kind}, % | {_interval(accuracy, 100)} |")
     for task, metrics in (evaluation.get("benchmarks") or {}).items():
         lines += [f"| {task}, {name} | {_number(value)} |" for name, value in metrics.items()]
     said = [f"- {warning}" for warning in (rate or {}).get("warnings", ())]

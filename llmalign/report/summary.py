@@ -11,6 +11,8 @@ from llmalign.report.collect import Run
 from llmalign.report.markup import Html, el, interval, listing, mapping, number, say, table
 
 ACCURACIES = ("rewards/accuracies", "accuracy")
+EQUAL = 0.5  # points from 50 % at equal length that are nothing
+LENGTH_DECIDES = " At equal length nothing of the lead is left: length decides here."
 MOST_COMPARED = 4  # runs of which all pairs are compared
 METHODS = {
     "rpo": "RPO", "rdpo": "rDPO", "inpo": "INPO", "copg": "CoPG", "copg_online": "CoPG online", "fdpg": "f-DPG",
@@ -86,7 +88,7 @@ def comparison(runs: Sequence[Run]) -> Html | None:
             say(number(rates.get("length_controlled_winrate")), 1), str(run.evaluation.get("reference") or "–"),
             say(number(rates.get("n_rows")), 0), say(number(lengths.get("model")), 0), _accuracy_cell(run),
         ])  # fmt: skip
-    head = ["run", "method", "win rate, %", "at equal length, %", "against", "rows", "mean length", "held-out pairs, %"]
+    head = ["run", "method", "win rate, %", "at equal length, %", "against", "rows", "mean length", "pairs ordered, %"]
     filled = [place for place in range(len(head)) if place < 2 or any(row[place] != "–" for row in rows)]
     return table([head[place] for place in filled], [[row[place] for place in filled] for row in rows],
                  caption="All runs; 95 % intervals in brackets", cls="numbers")  # fmt: skip
@@ -160,13 +162,10 @@ def _by_judge(run: Run) -> Verdict | None:
         return Verdict("unclear", f"Against {shown}", evidence, "No interval is known.")
     kind, words = _told(low, high, 50.0, f"Better than {shown}", f"Worse than {shown}", f"Not told apart from {shown}")
     sure = "The 95 % interval " + ("excludes 50 %." if kind != "unclear" else "holds 50 %: more prompts would tell.")
-    return Verdict(kind, words, evidence, sure + _length_warning(rate, controlled))
-
-
-def _length_warning(rate: float, controlled: float | None) -> str:
-    if controlled is None or (rate - 50) * (controlled - 50) >= 0:
-        return ""
-    return " At equal length it is on the other side of 50 %: length decides here."
+    if kind != "unclear" and controlled is not None and (controlled - 50) * (rate - 50) <= EQUAL * abs(rate - 50):
+        # What a judge likes for its length alone is no better model.
+        return Verdict("unclear", f"Told apart from {shown} by length alone", evidence, sure + LENGTH_DECIDES)
+    return Verdict(kind, words, evidence, sure)
 
 
 def _by_rounds(run: Run) -> Verdict | None:

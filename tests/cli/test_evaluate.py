@@ -80,7 +80,7 @@ def test_pairs_alone(adapter: Path, tmp_path: Path) -> None:
     "change, said",
     [
         (["evaluate", "embedded:tiny"], "nothing to measure"),
-        (["evaluate", "embedded:tiny", "--prompts", "p.txt"], "A judge needs --prompts"),
+        (["evaluate", "embedded:tiny", "--prompts", "p.txt"], "--prompts need a judge"),
         (["evaluate", "embedded:tiny", "--pairs", "sample:pairs", "--max_truncated", "1"], "as they are"),
         (["evaluate", "embedded:tiny", "--benchmarks", "x", "--nonsense", "1"], "does not know --nonsense"),
     ],
@@ -133,3 +133,23 @@ def test_pairs_that_do_not_fit_are_counted(adapter: Path, tmp_path: Path, caplog
     found = json.loads((tmp_path / "o" / "evaluation.json").read_text())["accuracy"]
     assert (found["n"], found["dropped"], found["cut"]) == (5, 5, 5)
     assert "Of 10 pairs 5 are left out" in caplog.text
+
+
+def test_pairs_that_were_trained_on_are_told(adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (adapter / "run.json").write_text(
+        json.dumps({"model_name_or_path": "embedded:tiny", "dataset_name": "sample:pairs"})
+    )
+    arguments = ["evaluate", str(adapter), "--out", str(tmp_path / "o"), "--pairs", "sample:pairs"]
+    try:
+        assert main(arguments) == 0
+        assert json.loads((tmp_path / "o" / "evaluation.json").read_text())["accuracy"]["trained_on"]
+        assert "is what the model was trained on" in caplog.text
+        assert main([*arguments, "--where", "{split: test}"]) == 0
+        assert not json.loads((tmp_path / "o" / "evaluation.json").read_text())["accuracy"]["trained_on"]
+    finally:
+        (adapter / "run.json").unlink()
+
+
+def test_a_misspelt_option_has_a_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "embedded:tiny", "--prompts", "p.txt", "--fuction", "x.py:f"]) == 2
+    assert "--function" in capsys.readouterr().err

@@ -91,14 +91,21 @@ def test_rounds_with_intervals() -> None:
 
 @pytest.mark.parametrize(
     ("rate", "low", "high", "controlled", "kind"),
-    [(60, 55, 65, 61, "better"), (40, 35, 45, 41, "worse"), (52, 48, 56, 51, "unclear"), (60, 55, 65, 40, "better")],
+    [
+        (60, 55, 65, 61, "better"),
+        (40, 35, 45, 41, "worse"),
+        (52, 48, 56, 51, "unclear"),
+        (60, 55, 65, 40, "unclear"),
+        (86, 78, 90, 50.0, "unclear"),
+        (60, 55, 65, 54, "better"),
+    ],
 )
 def test_verdicts_follow_the_interval(rate: float, low: float, high: float, controlled: float, kind: str) -> None:
     rates = {"win_rate": rate, "n_rows": 10, "length_controlled_winrate": controlled}
     run = Run("r", None, evaluation={"reference": "base", "winrate": rates, "interval": {"low": low, "high": high}})
     found = verdict(run)
     assert found.kind == kind and "base" in found.headline
-    assert ("length decides" in found.certainty) == (controlled == 40)
+    assert ("length decides" in found.certainty) == (controlled in (40, 50))
 
 
 def test_verdict_without_a_judge(make_run: Callable[..., Path]) -> None:
