@@ -105,6 +105,7 @@ def test_an_adapter_on_its_base(hub: LocalHub, drive: Drive, trained: Path, tmp_
     assert "base_model: me/base" in hub.files("me/lora")["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_a_pipeline_and_its_lora_file(hub: LocalHub, drive: Drive, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     names = {"pipeline": str(tmp_path / "pipeline"), "lora": str(tmp_path / "pictures-lora")}
