@@ -54,6 +54,12 @@ def content_key(sources: Iterable[Path], *libraries: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
 def ensure_folder(name: str, build: Callable[[Path], object], said: str, takes: str) -> Path:
     """The folder `name` in the cache, filled by `build(folder)` on first use and found there afterwards.
 

@@ -15,6 +15,7 @@ import numpy as np
 from peft import PeftModel
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from llmalign.assets import file_digest
 from llmalign.data.formats import DataSource, load
 from llmalign.errors import UserError
 from llmalign.evaluation.accuracy import pair_accuracy, pair_margins
@@ -66,7 +67,7 @@ class Made:
     def is_ours(self, name: str) -> bool:
         """Whether the file is as this command wrote it, or not there."""
         path = self._folder / name
-        return not path.is_file() or self._made.get(name, {}).get("sha256") == _file_digest(path)
+        return not path.is_file() or self._made.get(name, {}).get("sha256") == file_digest(path)
 
     def is_there(self, name: str, *of: Any) -> bool:
         """Whether the file is there, made of the same. Raises UserError for one that would be lost."""
@@ -84,7 +85,7 @@ class Made:
 
     def done(self, name: str, *of: Any) -> None:
         """Note what a file was made of."""
-        self._made[name] = {"of": _digest(of), "sha256": _file_digest(self._folder / name)}
+        self._made[name] = {"of": _digest(of), "sha256": file_digest(self._folder / name)}
         write_json(self._file, self._made)
 
 
@@ -213,11 +214,6 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file} holds no JSON object")
     return found
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _digest(content: Any) -> str:

@@ -26,7 +26,8 @@ from llmalign.diffusion.sampling import draw_grid, load_for_sampling, sample_ima
 from llmalign.diffusion.trainer import DiffusionPreferenceTrainer
 from llmalign.embedded.tiny import one_thread
 from llmalign.evaluation import Estimate, bootstrap_mean
-from llmalign.evaluation.plots import IMAGE_PANELS, plot_training
+from llmalign.evaluation.panels import IMAGE_PANELS
+from llmalign.evaluation.plots import plot_training
 from llmalign.rewards.images import ImageReward, load_image_reward
 from llmalign.screen import LossBar, quiet
 

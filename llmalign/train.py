@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from llmalign.embedded import ensure_tiny
 from llmalign.errors import UserError
+from llmalign.evaluation.panels import IMAGE_PANELS, PANELS, SAMPLED_PANELS
 from llmalign.evaluation.winrate import wilson
 from llmalign.image_work import image_work
 from llmalign.prepare import Data, end_ids, prepare
@@ -39,19 +40,6 @@ SHOWN = (
     "kl_to_sampler", "kept", "critic/explained_variance", "error/chosen", "error/rejected",
 )  # fmt: skip
 SHARES = ("accuracies", "accuracies_clean", "accuracies_length_matched", "longer_wins")
-MORE_PANELS = (
-    ("reward", "Reward of the samples", "mean over completions", None),
-    ("js", "Jensen-Shannon divergence to the target", "nats", 0.0),
-    ("satisfied", "Completions that satisfy the constraint", "share", None),
-    ("target_reward", "Reward of the policy", "reward", None),
-    ("critic/explained_variance", "Explained variance of the critic", "share", 0.0),
-    ("kl_to_reference", "Divergence from the reference", "nats a completion", 0.0),
-    ("entropy", "Entropy of the samples", "nats a token", None),
-    ("residual", "CoPG's residual", "reward", None),
-    ("accuracy", "Accuracy", "share of pairs", 0.5),
-    ("margin", "Margin of the scores", "chosen minus rejected", 0.0),
-    ("mean_token_accuracy", "Next-token accuracy", "share of tokens", None),
-)
 
 
 def run(
@@ -278,7 +266,7 @@ def _say_what_runs(recipe: Recipe, trainer: Any) -> None:
 
 def _draw(recipe: Recipe, history: list[dict[str, Any]], evaluation: Any, path: Path) -> None:
     """One picture; each named evaluation set is a line of its own."""
-    from llmalign.evaluation.plots import IMAGE_PANELS, PANELS, Panel, plot_training  # matplotlib is slow to import
+    from llmalign.evaluation.plots import plot_training  # matplotlib is slow to import
 
     title = recipe.method.name
     names = list(evaluation) if isinstance(evaluation, dict) else [title]
@@ -293,7 +281,7 @@ def _draw(recipe: Recipe, history: list[dict[str, Any]], evaluation: Any, path: 
         for key, value in entry.items()
         if value is not None
     }
-    panels = IMAGE_PANELS if recipe.method.of_images else (*PANELS, *(Panel(*panel) for panel in MORE_PANELS))
+    panels = IMAGE_PANELS if recipe.method.of_images else (*PANELS, *SAMPLED_PANELS)
     chosen = [panel for panel in panels if panel.metric in logged]
     if chosen:
         plot_training(runs, path, title=title, panels=chosen)

@@ -183,8 +183,7 @@ def _outputs(options: argparse.Namespace, folder: Path, name: str, model: str, b
     sampling, made = sampling_of(options), Made(folder, overwrite=options.overwrite)
     of = (model_identity(model, base), options.dtype, asdict(sampling), [asdict(prompt) for prompt in prompts])
     if not made.is_there(name, *of):
-        own = argparse.Namespace(**{**vars(options), "base": base})
-        generate_with(model, prompts, sampling, folder / name, own)
+        generate_with(model, prompts, sampling, folder / name, base=base, dtype=options.dtype)
         made.done(name, *of)
     return read_outputs(folder / name)
 

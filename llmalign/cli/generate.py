@@ -84,7 +84,9 @@ def _generate(options: argparse.Namespace, rest: list[str]) -> int:
     prompts = _prompts(options.prompts, rest)
     if options.url:
         return _remotely(options, prompts, sampling, out)
-    rows = generate_with(options.model, prompts, sampling, out, options, name=options.name)
+    rows = generate_with(
+        options.model, prompts, sampling, out, base=options.base, dtype=options.dtype, name=options.name
+    )
     console().print(f"{len(rows)} answers: {out}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -115,14 +117,14 @@ def _check_room(out: Path, overwrite: bool) -> None:
 
 
 def generate_with(
-    model: str, prompts: Any, sampling: Any, out: Path, options: argparse.Namespace, *, name: str | None = None
+    model: str, prompts: Any, sampling: Any, out: Path, *, base: str | None, dtype: str | None, name: str | None = None
 ) -> list[dict[str, Any]]:
     """Load a model and let it answer; its rows, which `out` holds."""
     from llmalign.evaluation.generate import generate_locally
     from llmalign.inference import load_for_inference, model_identity, model_name
 
-    loaded, tokenizer = load_for_inference(model, base=options.base, dtype=options.dtype)
-    identity = f"{model_identity(model, options.base)} in {loaded.dtype}"
+    loaded, tokenizer = load_for_inference(model, base=base, dtype=dtype)
+    identity = f"{model_identity(model, base)} in {loaded.dtype}"
     return generate_locally(
         loaded, tokenizer, prompts, sampling, generator=name or model_name(model), identity=identity, out=out
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from llmalign.diffusion.denoiser import LORA_FILE
 from llmalign.diffusion.embedded import pipeline_path
 from llmalign.diffusion.pipelines import family_of, load_pipeline
-from llmalign.diffusion.sampling import starting_point
+from llmalign.diffusion.sampling import starting_point, with_adapter
 from llmalign.errors import UserError
 
 
@@ -22,14 +22,7 @@ def merge_image_adapter(path: str, out: Path | str, *, base: str | None = None, 
         raise UserError(f"{path} holds a whole pipeline: there is no adapter to merge.")
     start = starting_point(path, base)
     assert start is not None
-    pipe = load_pipeline(pipeline_path(start), dtype=dtype)
-    try:
-        pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"The LoRA weights in {path} cannot be put on {start} ({reason}): check --base.") from error
-    if not pipe.get_active_adapters():
-        raise UserError(f"The LoRA weights in {path} are for another architecture than {start}: check --base.")
+    pipe = with_adapter(load_pipeline(pipeline_path(start), dtype=dtype), path, start)
     pipe.fuse_lora(components=[family_of(pipe).network_name])
     pipe.unload_lora_weights()
     pipe.save_pretrained(out, safe_serialization=True)

@@ -39,7 +39,11 @@ def load_for_sampling(path: str, base: str | None = None) -> Any:
     if not _is_adapter(path):
         return _load(path)
     start = base or _base_of(path)
-    pipe = _load(start)
+    return with_adapter(_load(start), path, start)
+
+
+def with_adapter(pipe: Any, path: str, start: str) -> Any:
+    """The pipeline called `start` with the LoRA weights in `path`. Raises UserError where they are not for it."""
     try:
         pipe.load_lora_weights(str(Path(path).expanduser()), weight_name=LORA_FILE, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:

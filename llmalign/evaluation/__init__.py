@@ -1,6 +1,7 @@
-"""How good a policy is: win rates with their intervals and diversity here, `divergence` and `plots` beside them.
+"""How good a policy is: win rates with their intervals and diversity here, all else in modules of their own.
 
-The two others are imported by name, because models and matplotlib are slow to load.
+`generate` and `annotate` make AlpacaEval's files, `alpaca` its numbers; `accuracy`, `benchmarks`, `divergence` and
+`plots` are imported by name too, because models and matplotlib are slow to load.
 """
 
 from llmalign.evaluation.diversity import distinct_n, self_bleu

@@ -1,7 +1,6 @@
 """Training curves as a picture, from the log histories of trainers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -9,41 +8,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from llmalign.evaluation.panels import PANELS, Panel
+
 History = Sequence[Mapping[str, float]]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers too
 INK, FAINT = "#222222", "#8a8a8a"
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One plot: the logged metric, its title and its unit, and a level to mark where there is one."""
-
-    metric: str
-    title: str
-    unit: str
-    level: float | None = None
-
-
-PANELS = (
-    Panel("rewards/accuracies", "Reward accuracy", "share of pairs", 0.5),
-    Panel("rewards/margins", "Reward margin", "chosen minus rejected, beta x nats", 0.0),
-    Panel("drift/chosen", "Drift of the chosen log-prob", "nats against the reference", 0.0),
-    Panel("loss", "Loss", "as the method defines it"),
-)
-
-
-IMAGE_PANELS = (
-    Panel("reward", "Reward of the pictures", "as its function gives it"),
-    Panel("rewards/accuracies", "Reward accuracy", "share of pairs", 0.5),
-    Panel("rewards/margins", "Reward margin", "chosen minus rejected, beta x score", 0.0),
-    Panel("error/chosen", "Denoising error of the winners", "mean square"),
-    Panel("error/rejected", "Denoising error of the losers", "mean square"),
-    Panel("error/winner_ratio", "The winners' error over the reference's", "ratio", 1.0),
-    Panel("seppo/lagging", "Rows in which the policy lags behind", "share"),
-    Panel("ratios/clipped", "Ratios outside of the band", "share"),
-    Panel("loss", "Loss", "as the method defines it"),
-)
 AVERAGE = "_average"
 
 

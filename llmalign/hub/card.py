@@ -224,8 +224,11 @@ def _judged(evaluation: dict[str, Any]) -> str:
 
 
 def _versions(evaluation: dict[str, Any]) -> str:
+    """As the evaluation records them, else those that the card is written with."""
+    when = "evaluated" if evaluation.get("versions") else "pushed"
     known = evaluation.get("versions") or {name: version(name) for name in LIBRARIES}
-    return "## Versions\n\n" + ", ".join(f"{name} {number}" for name, number in known.items() if number) + "."
+    named = ", ".join(f"{name} {number}" for name, number in known.items() if number)
+    return f"## Versions\n\nWhen it was {when}: {named}."
 
 
 def _interval(estimate: dict[str, Any], scale: float) -> str:

@@ -14,8 +14,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from llmalign.assets import file_digest
 from llmalign.errors import UserError
-from llmalign.hub.staging import MANIFEST, MARK, Staged, sha256
+from llmalign.hub.staging import MANIFEST, MARK, Staged
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def pull(repo: str, out: Path, *, revision: str | None = None, overwrite: bool =
         path = out / name
         if not path.is_file() or path.is_symlink():
             raise UserError(f"{name} is in the manifest of {repo} and did not come: pull again, or push again")
-        if path.stat().st_size != wanted["size"] or sha256(path) != wanted["sha256"]:
+        if path.stat().st_size != wanted["size"] or file_digest(path) != wanted["sha256"]:
             raise UserError(f"{name} of {repo} is not what was pushed: its hash differs from the manifest's")
     return len(_manifest(file))
 
@@ -137,7 +138,7 @@ def _hashes(api: HfApi, repo: str, revision: str | None) -> dict[str, str]:
 def _both_hashes(path: Path) -> tuple[str, str]:
     content = path.read_bytes() if path.stat().st_size < 32_000_000 else None  # git's own is of small files alone
     git = "" if content is None else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    return sha256(path), git
+    return file_digest(path), git
 
 
 def _earlier(api: HfApi, repo: str, revision: str | None, there: dict[str, str]) -> list[str]:

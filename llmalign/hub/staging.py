@@ -1,6 +1,5 @@
 """What of a run goes to the Hub: model, tokenizer and measurements; no checkpoints, pickles, secrets or paths."""
 
-import hashlib
 import json
 import logging
 import os
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmalign.assets import file_digest
 from llmalign.errors import UserError
 from llmalign.hub.cleaning import check_clean, cleaned, cleaned_config, cleaned_text, read_json
 from llmalign.hub.names import check_base, loads_elsewhere
@@ -103,12 +103,6 @@ def base_of(run: Path, kind: str) -> str | None:
     else:
         return None
     return str(named) if named else None
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _lay_out(run: Path, folder: Path, kind: str, names: list[str], card: str, base: str | None, link: bool) -> Staged:
@@ -234,7 +228,7 @@ def _put(run: Path, name: str, target: Path, base: str | None, link: bool) -> No
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
+    return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _link(source: Path, target: Path) -> None:

@@ -17,10 +17,11 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import PretrainedConfig
 
+from llmalign.assets import file_digest
 from llmalign.data.formats import load
 from llmalign.errors import UserError
 from llmalign.loop.config import LoopConfig
-from llmalign.loop.stages import MANIFEST, Made, Manifest, Row, file_digest, read_manifest, run_stage
+from llmalign.loop.stages import MANIFEST, Made, Manifest, Row, read_manifest, run_stage
 from llmalign.recipe import Recipe
 from llmalign.train import model_path, what_decides_the_result
 from llmalign.trainers import prepare_prompts

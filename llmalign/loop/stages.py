@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmalign import __version__
+from llmalign.assets import file_digest
 from llmalign.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -165,12 +166,6 @@ def versions() -> dict[str, str]:
 def describe(path: Path) -> dict[str, Any]:
     """Hash and size of a result."""
     return {"sha256": file_digest(path), "bytes": path.stat().st_size}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(content: Any) -> str:

@@ -1,48 +1,18 @@
 """Log histories as series: what was logged in training and on held-out data, by metric."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from llmalign.evaluation.panels import IMAGE_PANELS, PANELS, SAMPLED_PANELS, Panel
 from llmalign.report.charts import Series, line_chart
 from llmalign.report.collect import Run
 from llmalign.report.markup import Html, listing, mapping, number
 from llmalign.report.scales import Point
 
-
-@dataclass(frozen=True)
-class Panel:
-    """A metric with its title, its unit and a level to mark."""
-
-    metric: str
-    title: str
-    unit: str
-    level: float | None = None
-
-
-PANELS = (
-    Panel("reward", "Reward", "mean over completions, as its function gives it"),
-    Panel("rewards/accuracies", "Reward accuracy", "share of pairs", 0.5),
-    Panel("rewards/margins", "Reward margin", "chosen minus rejected, beta × score", 0.0),
-    Panel("drift/chosen", "Drift of the chosen log-prob", "nats against the reference", 0.0),
-    Panel("kl_to_reference", "Divergence from the reference", "nats a completion", 0.0),
-    Panel("target_reward", "Reward of the policy", "reward"),
-    Panel("satisfied", "Completions that satisfy the constraint", "share"),
-    Panel("js", "Jensen-Shannon divergence to the target", "nats", 0.0),
+OTHERS = (
     Panel("kl_p_pi", "KL of the target to the policy", "nats", 0.0),
-    Panel("accuracy", "Accuracy", "share of pairs", 0.5),
-    Panel("margin", "Margin of the scores", "chosen minus rejected", 0.0),
-    Panel("error/chosen", "Denoising error of the winners", "mean square"),
-    Panel("error/rejected", "Denoising error of the losers", "mean square"),
-    Panel("error/winner_ratio", "The winners' error over the reference's", "ratio", 1.0),
-    Panel("seppo/lagging", "Rows in which the policy lags behind", "share"),
-    Panel("ratios/clipped", "Ratios outside of the band", "share"),
-    Panel("entropy", "Entropy of the samples", "nats a token"),
-    Panel("critic/explained_variance", "Explained variance of the critic", "share", 0.0),
-    Panel("residual", "CoPG's residual", "reward"),
-    Panel("mean_token_accuracy", "Next-token accuracy", "share of tokens"),
     Panel("completions/mean_length", "Length of the completions", "tokens"),
-    Panel("loss", "Loss", "as the method defines it"),
 )
+KNOWN = {panel.metric: panel for panel in (*PANELS[:-1], *IMAGE_PANELS[:-1], *SAMPLED_PANELS, *OTHERS, PANELS[-1])}
 MOST_OTHERS = 36
 NOT_CURVES = ("_runtime", "_per_second", "step_time", "total_flos", "epoch", "step", "train_loss", "rows", "num_tokens")
 KL_KEYS, REWARD_KEYS = ("kl_to_reference", "kl"), ("target_reward", "reward")
@@ -54,9 +24,8 @@ def curves(runs: Sequence[Run]) -> tuple[list[Html], list[Html]]:
     """A chart for every known metric that a run logged, and one for each of the others (the first 36 by name)."""
     logged = {place: _logged(run) for place, run in enumerate(runs)}
     metrics = {metric for own in logged.values() for _, metric in own}
-    known = {panel.metric for panel in PANELS}
-    main = [_chart(panel, runs, logged) for panel in PANELS if panel.metric in metrics]
-    others = sorted(metric for metric in metrics - known if _varies(metric, logged))
+    main = [_chart(panel, runs, logged) for panel in KNOWN.values() if panel.metric in metrics]
+    others = sorted(metric for metric in metrics - KNOWN.keys() if _varies(metric, logged))
     return main, [_chart(Panel(metric, metric, "as logged"), runs, logged) for metric in others[:MOST_OTHERS]]
 
 

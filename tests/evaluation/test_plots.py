@@ -7,7 +7,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from llmalign.evaluation.plots import COLOURS, Panel, plot_training, series
+from llmalign.evaluation.panels import Panel
+from llmalign.evaluation.plots import COLOURS, plot_training, series
 
 HISTORY = [
     {"step": 0, "eval_rewards/accuracies": 0.5},

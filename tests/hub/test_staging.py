@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from llmalign.assets import file_digest
 from llmalign.cli import main
 from llmalign.errors import UserError
 from llmalign.hub.card import write_card
 from llmalign.hub.cleaning import cleaned
-from llmalign.hub.staging import MANIFEST, kind_of, sha256, stage
+from llmalign.hub.staging import MANIFEST, kind_of, stage
 
 
 def test_two_times_the_same_bytes(trained: Path, tmp_path: Path) -> None:
@@ -19,7 +20,7 @@ def test_two_times_the_same_bytes(trained: Path, tmp_path: Path) -> None:
     assert one.files == two.files and one.kind == "model"
     manifest = json.loads((one.folder / MANIFEST).read_text())
     for name, entry in manifest["files"].items():
-        assert entry["sha256"] == sha256(one.folder / name) and entry["size"] == (one.folder / name).stat().st_size
+        assert entry["sha256"] == file_digest(one.folder / name) and entry["size"] == (one.folder / name).stat().st_size
 
 
 def test_dry_run_writes_and_sends_nothing(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
