@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ from transformers.utils import find_adapter_config_file
 
 from llmalign.embedded import ensure_tiny
 from llmalign.errors import UserError
+from llmalign.pickles import refuse_pickles, require_safe_adapter, weight_options
 from llmalign.trainers.loading import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded:tiny"
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+_UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, UnpicklingError,
+)  # fmt: skip
 _LOCAL = ("/", "./", "../", "~", "runs/")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -88,19 +93,21 @@ def load_for_inference(
     path = _folder(model)
     device = torch.device(device) if device is not None else _device()
     options: dict[str, Any] = {"dtype": dtype or _dtype(device), "trust_remote_code": trust_remote_code}
+    options |= weight_options()
     try:
         found = find_adapter_config_file(path, revision=revision)
         if found is None:
             if base is not None:
                 raise UserError(f"{model} is no adapter, so it has no base: leave --base out")
             _refuse_classifier(model, path, revision, trust_remote_code)
+            refuse_pickles(path)
             loaded = AutoModelForCausalLM.from_pretrained(path, revision=revision, **options)
         else:
             loaded = _adapter(model, path, base, revision, options)
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except _UNREADABLE as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"no text model can be loaded from {model!r} ({reason}); check the path or name") from error
     logger.info("%s: %s on %s.", model_name(model), str(loaded.dtype).removeprefix("torch."), device)
@@ -145,6 +152,8 @@ def _adapter(model: str, path: str, base: str | None, revision: str | None, opti
     named = _folder(named) if named == EMBEDDED else named
     if _is_gone(named):
         raise UserError(f"the adapter {model} belongs to {named}, which is not there: name its base with --base")
+    require_safe_adapter(path, revision)
+    refuse_pickles(named)
     logger.info("%s is an adapter, put on %s.", model_name(model), model_name(named))
     return PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(named, **options), path, revision=revision, is_trainable=False

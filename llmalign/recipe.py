@@ -19,6 +19,7 @@ from llmalign.data.image_doctor import ImageLimits
 from llmalign.data.report import Shares
 from llmalign.errors import UserError
 from llmalign.methods import METHODS, Method
+from llmalign.refusals import refusals
 from llmalign.trainers.loading import ModelConfig
 from llmalign.values import convert, parse_text
 
@@ -119,10 +120,11 @@ class Recipe:
 
     def training_config(self) -> Any:
         """The method's config object. Raises UserError with the config's own sentence when a value is out of range."""
-        try:
-            return self.method.config(**self.config)
-        except (ValueError, TypeError, ImportError) as error:
-            raise UserError(self.blame(error)) from error
+        with refusals(self.blame, "the config could not be made"):
+            try:
+                return self.method.config(**self.config)
+            except UserError as error:
+                raise UserError(self.blame(error)) from error
 
     def model_config(self) -> ModelConfig:
         """TRL's ModelConfig. Raises UserError when the recipe names no model or contradicts itself."""
@@ -135,10 +137,8 @@ class Recipe:
             raise UserError(
                 f"{self.path} names no model: set `model_name_or_path` to a folder, a Hub name or embedded:tiny."
             )
-        try:
+        with refusals(self.blame, "the model's options cannot be used"):
             return ModelConfig(**self.model)
-        except ValueError as error:
-            raise UserError(self.blame(error)) from error
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, loop: type | None = None) -> Recipe:

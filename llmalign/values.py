@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from llmalign.errors import UserError
+from llmalign.secrets import hidden
 
 
 class _NotConvertible(Exception):
@@ -32,7 +33,7 @@ def convert(key: str, value: Any, hint: Any) -> Any:
             return _as(value, option)
         except _NotConvertible:
             continue
-    raise UserError(f"`{key}` takes {describe(hint)}, got {value!r}.")
+    raise UserError(f"`{key}` takes {describe(hint)}, got {hidden(value, key)!r}.")
 
 
 def parse_text(key: str, text: str, hint: Any) -> Any:

@@ -1,6 +1,5 @@
 """What text and images hand to a run alike: rows that are ready, and a trainer that is built when it is due."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from llmalign.errors import UserError
 from llmalign.prepare import Data
 from llmalign.recipe import Recipe
-
-logger = logging.getLogger(__name__)
+from llmalign.refusals import refusals
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -31,13 +29,8 @@ def built(recipe: Recipe, config: Any, data: Data, **keywords: Any) -> Any:
     """The method's trainer; what its parts refuse is said in their own words, as a UserError."""
     _check_trackers(config.report_to)
     set_seed(config.seed)  # new adapters and heads are drawn while the trainer is built
-    try:
+    with refusals(recipe.blame, "the trainer could not be built"):
         return recipe.method.trainer(args=config, train_dataset=data.train, eval_dataset=data.evaluation, **keywords)
-    except UserError:
-        raise
-    except (ValueError, ImportError, OSError) as error:
-        logger.debug("The trainer could not be built.", exc_info=True)
-        raise UserError(recipe.blame(error)) from error
 
 
 def _check_trackers(names: list[str]) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from llmalign.data import checks
 from llmalign.data.checks import Fault
 from llmalign.data.formats import at, nothing_matches
-from llmalign.data.images import CAPTIONS, ROWS_AT_ONCE, decode, image_file, undecoded, wanted_rows
+from llmalign.data.images import CAPTIONS, ROWS_AT_ONCE, decode, image_file, wanted_rows
 from llmalign.data.pair_files import (
     IMAGE_COLUMNS,
     IMAGES,
@@ -105,7 +105,7 @@ class _Group:
 def _groups(source: DataSource, *, scored: bool) -> Iterator[_Group]:
     """The rows of a source; `scored` ones have their own rewards, which else are not read."""
     check_keys(source.columns or {}, IMAGE_COLUMNS, "`columns` for images")
-    shards = [undecoded(shard) for shard in open_shards(source, streaming=False)]
+    shards = open_shards(source, streaming=False)
     names: dict[str, Any] = {}
     for shard, number, position, row in wanted_rows(shards, source):
         try:

@@ -26,7 +26,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from datasets import Dataset, Features, Value
@@ -37,7 +36,7 @@ from PIL import Image, ImageOps
 from llmalign.data import checks
 from llmalign.data.checks import Fault
 from llmalign.data.formats import Sources, as_sources, at, code_digest, matches, mix, nothing_matches
-from llmalign.data.readers import TEXT_SUFFIXES, FileShard, Row, SetShard, Shard, open_shards
+from llmalign.data.readers import TEXT_SUFFIXES, FileShard, Row, Shard, open_shards
 from llmalign.data.specs import DataSource, check_keys
 from llmalign.errors import UserError
 
@@ -288,7 +287,7 @@ def _file_beside(name: str, path: str, shard: Shard) -> bytes:
 
 
 def _read(source: DataSource, kind: str, first_id: int, lenient: bool) -> Dataset:
-    shards = [undecoded(shard) for shard in open_shards(source, streaming=False)]
+    shards = open_shards(source, streaming=False)
     first = next(wanted_rows(shards, source), None)
     if first is None:
         raise nothing_matches(shards, source)
@@ -310,19 +309,6 @@ def _read(source: DataSource, kind: str, first_id: int, lenient: bool) -> Datase
         raise
     logger.info("%s: %d rows.", source.path, len(rows))
     return rows
-
-
-def undecoded(shard: Shard) -> Shard:
-    """The same rows with images as their files: decoding, and writing them anew, would lose what the source stored."""
-    if isinstance(shard, FileShard):
-        return shard
-    found = shard.dataset
-    for name, feature in found.features.items():
-        if isinstance(feature, datasets.Image):
-            found = found.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            found = found.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    return SetShard(shard.name, found) if found is not shard.dataset else shard
 
 
 def wanted_rows(shards: Sequence[Shard], source: DataSource) -> Iterator[tuple[Shard, int, int, Row]]:

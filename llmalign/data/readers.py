@@ -8,7 +8,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,7 +79,10 @@ class FileShard:
 
 @dataclass(frozen=True)
 class SetShard:
-    """One split that the `datasets` library has opened, from the Hub or from a `save_to_disk` folder."""
+    """One split that the `datasets` library has opened, from the Hub or from a `save_to_disk` folder.
+
+    Images, audio and video are not decoded: that would open whatever path a row names.
+    """
 
     name: str
     dataset: Any
@@ -158,6 +161,7 @@ def _split_of(path: Path, names: tuple[str, ...]) -> bool:
 
 
 def _saved(folder: Path, split: str) -> SetShard:
+    _refuse_foreign_files(folder)
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
@@ -165,10 +169,38 @@ def _saved(folder: Path, split: str) -> SetShard:
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise UserError(f"The data set saved in {folder} has no split {split!r}; it has: {', '.join(loaded)}.")
-        return SetShard(f"{folder} ({split})", loaded[split])
+        return SetShard(f"{folder} ({split})", _undecoded(loaded[split]))
     if split != "train":
         raise UserError(f"The data set saved in {folder} has no splits, so not {split!r} either; leave `split` out.")
-    return SetShard(str(folder), loaded)
+    return SetShard(str(folder), _undecoded(loaded))
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    """Raise UserError where a saved data set names a file that lies elsewhere: `datasets` would read it."""
+    for state in sorted(folder.rglob("state.json")):
+        try:
+            names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{state} is not the state of a saved data set: {_one_line(error)}.") from error
+        foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        if foreign:
+            raise UserError(f"{state} names {foreign[0]!r}; only files beside it are read.")
+
+
+def _undecoded(dataset: Any) -> Any:
+    """The same rows with every image, audio and video as the bytes or the path that is stored."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset if dataset.features is None else dataset.decode(False)
+    plain = datasets.Features({name: _plain(feature) for name, feature in dataset.features.items()})
+    return dataset if plain == dataset.features else dataset.cast(plain)
+
+
+def _plain(feature: Any) -> Any:
+    if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
+        return replace(feature, decode=False)
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return replace(feature, feature=_plain(feature.feature))
+    return {name: _plain(inner) for name, inner in feature.items()} if isinstance(feature, dict) else feature
 
 
 def _hub(source: DataSource, streaming: bool) -> SetShard:
@@ -182,7 +214,7 @@ def _hub(source: DataSource, streaming: bool) -> SetShard:
             f"{source.path} is no local file or folder, and the Hub data set of that name cannot be read "
             f"({_one_line(error)}); check the name and the network, or give a file."
         ) from error
-    return SetShard(f"{source.path} ({split})", loaded)
+    return SetShard(f"{source.path} ({split})", _undecoded(loaded))
 
 
 def _one_line(error: BaseException) -> str:

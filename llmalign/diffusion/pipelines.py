@@ -21,6 +21,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from llmalign.errors import UserError
+from llmalign.pickles import weight_options
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ def load_pipeline(path: str | Path, *, revision: str | None = None, dtype: str |
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype of a pipeline is one of {', '.join(DTYPES)}, got {dtype!r}")
     kinds = {"default": DTYPES[dtype or "float32"], "vae": torch.float32}
-    options: dict[str, Any] = {"use_safetensors": True, "revision": revision, "dtype": kinds}
+    options: dict[str, Any] = {**weight_options(), "revision": revision, "dtype": kinds}
     try:
         index = DiffusionPipeline.load_config(path, revision=revision)
         if "safety_checker" in index:  # it would be loaded, moved and saved along, and training has no use for it

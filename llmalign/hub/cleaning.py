@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import get_token
 
 from llmalign.errors import UserError
+from llmalign.secrets import HIDDEN, redacted
 
 # Of records: a command line to go on with, where the run lies, and texts of the training data.
 DROPPED = ("next", "output_dir", "frequent_captions")
@@ -33,7 +34,6 @@ INSIDE = re.compile(
 )
 USER_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s?#]*@", re.IGNORECASE)
 KEY_IN_URL = re.compile(r"([?&][\w-]*(?:token|key|password|secret|sig(?:nature)?)=)[^&\s#]+", re.IGNORECASE)
-TOKENS = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,})")
 CHECKED = (".json", ".md", ".csv", ".txt", ".jinja")
 UNCHECKED = re.compile(r"tokenizer\.json|vocab\..*|merges\.txt|added_tokens\.json")
 
@@ -126,9 +126,7 @@ def _last_part(text: str) -> str:
 
 
 def _without_secrets(text: str) -> str:
-    text = KEY_IN_URL.sub(r"\1***", USER_IN_URL.sub(r"\1", TOKENS.sub("***", text)))
-    token = get_token()
-    return text.replace(token, "***") if token else text
+    return redacted(KEY_IN_URL.sub(rf"\1{HIDDEN}", USER_IN_URL.sub(r"\1", text)))
 
 
 def _is_secret(key: str) -> bool:

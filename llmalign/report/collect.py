@@ -11,8 +11,8 @@ from typing import Any
 
 from llmalign.errors import UserError
 from llmalign.evaluation.annotations import Row, known_preference, read_annotations, read_rows
-from llmalign.report.hiding import hidden
 from llmalign.report.markup import listing, mapping, number
+from llmalign.secrets import hidden
 
 RECIPE, METRICS, STATE, EVALUATION, ANNOTATIONS, ROUNDS, LOOP, IMAGES, GRID, RELIABILITY = (
     "run.json", "metrics.json", "trainer_state.json", "evaluation.json", "annotations.json", "rounds.json",

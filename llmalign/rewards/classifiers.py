@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from llmalign.errors import UserError
+from llmalign.pickles import refuse_pickles, require_safe_adapter, weight_options
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def load_classifier(
 ) -> tuple[PreTrainedModel, Any]:
     """The model in evaluation mode and its own tokenizer, which can pad; an adapter is merged into its base.
 
-    Whole models are read from safetensors alone, adapters as PEFT reads them. Left open, `device` is CUDA where there
+    Weights are read from safetensors alone. Left open, `device` is CUDA where there
     is one and `dtype` bfloat16 there, float32 on a CPU. Raises UserError where nothing can be loaded, where the head is
     missing (a language model has none, and it would be drawn at random), and where the model has several labels. Not
     covered: sharded and quantized models.
@@ -72,8 +73,9 @@ def load_classifier(
 
 
 def _whole(path: str, options: dict[str, Any]) -> PreTrainedModel:
+    refuse_pickles(path)
     model, found = AutoModelForSequenceClassification.from_pretrained(
-        path, use_safetensors=True, output_loading_info=True, **options
+        path, output_loading_info=True, **weight_options(), **options
     )
     missing = sorted(found["missing_keys"])
     if missing:
@@ -89,10 +91,12 @@ def _with_adapter(path: str, options: dict[str, Any]) -> PreTrainedModel:
     if _HEAD not in (adapter.modules_to_save or []):
         raise UserError(f"the adapter {path!r} holds no {_HEAD} head, so it is not a reward model's")
     base = adapter.base_model_name_or_path
+    require_safe_adapter(path)
+    refuse_pickles(str(base))
     logger.info("%s is an adapter: it is merged into its base model %s.", path, base)
     # The revision is the adapter's own; that of the base is in the adapter's config.
     options = {**options, "revision": adapter.revision}
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, use_safetensors=True, **options)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, **weight_options(), **options)
     return PeftModel.from_pretrained(model, path).merge_and_unload()
 
 

@@ -26,6 +26,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor
 
 from llmalign.errors import UserError
+from llmalign.pickles import weight_options
 from llmalign.rewards.classifiers import require_folder
 from llmalign.rewards.functions import NOT_A_REWARD, AsyncGuarded, RewardFunction, guard, load_function
 
@@ -107,7 +108,7 @@ class ClipScorer:
             require_folder(place, "save a CLIPModel with its processor there, or check the path")
         try:
             model, found = AutoModel.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                path, dtype=torch.float32, output_loading_info=True, **weight_options()
             )
             own = AutoProcessor.from_pretrained(processor or path, backend="pil")
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:

@@ -11,6 +11,7 @@ from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_availa
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from llmalign.errors import UserError
+from llmalign.pickles import refuse_pickles, require_safe_adapter, weight_options
 from llmalign.rewards.classifiers import require_folder
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def model_arguments(
     if not path:
         raise UserError("the recipe names no model: set model_name_or_path")
     init = {"revision": options.model_revision, "attn_implementation": options.attn_implementation}
-    init |= {"dtype": options.dtype}
+    init |= {"dtype": options.dtype, **weight_options()}
     init = {key: value for key, value in init.items() if value is not None}
     quantization = get_quantization_config(options)
     keywords = {"peft_config": get_peft_config(options), "quantization_config": quantization}
@@ -134,11 +135,14 @@ def model_arguments(
             f"no model could be found at {path!r} ({_first_line(error)}); check the path or name"
         ) from error
     refuse_vision(config)
+    refuse_pickles(path)
     return path, keywords, init
 
 
 def _load_adapter(path: str, init: dict[str, Any], quantization: Any, trust_remote_code: bool) -> PeftModel:
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    require_safe_adapter(path)
+    refuse_pickles(str(base))
     logger.info("%s is an adapter: training goes on from it, on its base model %s.", path, base)
     model = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=quantization, trust_remote_code=trust_remote_code, **init

@@ -85,10 +85,11 @@ def test_what_fails_leaves_the_earlier_one(model: Path, tmp_path: Path) -> None:
         ("row 3 of /home/me/p.jsonl: empty; see ~/notes.md", "row 3 of p.jsonl: empty; see notes.md"),
         (["--x=/home/me/p", "a / b /c", "and/or", "org/name", "../a/b", "7/8"],
          ["--x=p", "a / b /c", "and/or", "org/name", "../a/b", "7/8"]),
-        (["http://u:pw@h/v1/x", "https://h/v1?api_key=abc&n=1"], ["http://h/v1/x", "https://h/v1?api_key=***&n=1"]),
+        (["http://u:pw@h/v1/x", "https://h/v1?api_key=abc&n=1"],
+         ["http://h/v1/x", "https://h/v1?api_key=(not shown)&n=1"]),
         ({"Authorization": "Bearer x", "accessToken": "x", "pad_token": "<p>", "max_tokens": 3},
          {"pad_token": "<p>", "max_tokens": 3}),
-        ("seen hf_ABCDEFGHIJKLMNOPQRST in it", "seen *** in it"),
+        ("seen hf_ABCDEFGHIJKLMNOPQRST in it", "seen (not shown) in it"),
     ],
 )  # fmt: skip
 def test_records(dirty: Any, clean: Any) -> None:

@@ -12,11 +12,11 @@ from llmalign.report import collect
 from llmalign.report.collect import Run
 from llmalign.report.curves import curves, reward_against_kl
 from llmalign.report.figures import by_length, lengths, rounds, win_rates
-from llmalign.report.hiding import hidden
 from llmalign.report.markup import Html, data_block, el, say
 from llmalign.report.page import _asset, render
 from llmalign.report.scales import Scale, thinned, ticks, widened
 from llmalign.report.summary import differences, duration, held_out_accuracy, verdict
+from llmalign.secrets import hidden
 from tests.report.conftest import EVIL, annotation
 
 

@@ -1,5 +1,7 @@
-"""Secrets, which recipes and results may hold by mistake, are taken out of everything that is read."""
+"""What a secret looks like, and how it is taken out of what is read, said or written."""
 
+import logging
+import os
 import re
 from typing import Any
 
@@ -14,6 +16,31 @@ SECRET_TEXT = re.compile(
     r"|\bBearer\s+[\w.~+/-]{12,}=*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)",
     re.IGNORECASE,
 )
+
+_VARIABLES = re.compile(r"(^|_)(TOKEN|API_?KEY|SECRET|PASSWORD|SECRET_ACCESS_KEY)$")
+_SHORTEST = 8  # of a variable's value: shorter ones are words that occur anywhere
+
+
+def redacted(text: str) -> str:
+    """A text without what looks like a secret, and without the tokens that this process knows of."""
+    from huggingface_hub import get_token  # slow to import, and `--help` has no need of it
+
+    text = SECRET_TEXT.sub(HIDDEN, text)
+    known = {value for name, value in os.environ.items() if _VARIABLES.search(name)} | {get_token() or ""}
+    for secret in sorted((value for value in known if len(value) >= _SHORTEST), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+class Redacting(logging.Filter):
+    """Takes secrets out of every message that a handler writes; tracebacks are not covered."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        clean = redacted(said)
+        if clean != said:
+            record.msg, record.args = clean, None
+        return True
 
 
 def hidden(value: Any, key: str = "", *, inside: bool = False) -> Any:
