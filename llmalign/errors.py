@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read."""
+"""The errors that a user is meant to read."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the sentence alone and exits with a non-zero status; everything else keeps its traceback.
     """
+
+
+class OneProcessError(UserError):
+    """What happened to one of several processes alone: it says so itself, because the others never hear of it."""

@@ -23,8 +23,8 @@ from llmalign.evaluation.alpaca import Summary
 from llmalign.evaluation.annotations import Row, write_json
 from llmalign.evaluation.leaderboard import COLUMNS
 from llmalign.inference import load_for_inference, model_identity, model_name
-from llmalign.trainers.checkpoint import RUN_FILE
 from llmalign.trainers.preparation import prepare_pairs
+from llmalign.trainers.run_folder import RUN_FILE
 
 logger = logging.getLogger(__name__)
 

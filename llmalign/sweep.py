@@ -18,10 +18,10 @@ from llmalign.errors import UserError
 from llmalign.evaluation.winrate import wilson
 from llmalign.recipe import Recipe, limit_keys, load_recipe
 from llmalign.train import METRICS_FILE, TRAIN_ROWS, refuse_endless, run, what_decides_the_result
-from llmalign.trainers.checkpoint import HARMLESS_KEYS, guard_output_dir
 from llmalign.trainers.configs import ScoreConfig
 from llmalign.trainers.loading import check_model_options, choose_dtype
 from llmalign.trainers.references import cache_root
+from llmalign.trainers.run_folder import HARMLESS_KEYS, guard_output_dir
 
 logger = logging.getLogger(__name__)
 

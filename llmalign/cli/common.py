@@ -1,6 +1,9 @@
 """What all commands share: exit statuses, where they print, and whether this process is the one that does."""
 
+import json
 import os
+import time
+from pathlib import Path
 
 from rich.console import Console
 
@@ -16,3 +19,13 @@ def console() -> Console:
 
 def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def leave_for_launcher(sentence: str) -> None:
+    """Let torchrun say why this process ended: where it failed alone, the main process does not know."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return
+    shown = {"timestamp": str(int(time.time())), "py_callstack": sentence}
+    left = {"message": {"message": sentence, "extraInfo": shown}}
+    Path(file).write_text(json.dumps(left), encoding="utf-8")

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from llmalign.cli.common import console, is_main_process
+from llmalign.sigterm import saving_on_sigterm
 
 ITERATE_HELP = """\
 RECIPE is a recipe of `llmalign train` (inpo, pair, rpo, rdpo or copg) whose data are prompts, with an oracle: of each
@@ -30,6 +31,11 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
 
 
 def _iterate(options: argparse.Namespace, rest: list[str]) -> int:
+    with saving_on_sigterm():
+        return _in_rounds(options, rest)
+
+
+def _in_rounds(options: argparse.Namespace, rest: list[str]) -> int:
     # Imported here, so that --help and a mistyped command answer at once.
     from llmalign.loop.config import LoopConfig
     from llmalign.recipe import load_recipe

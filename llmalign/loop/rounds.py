@@ -31,7 +31,7 @@ from llmalign.loop.stages import (
 from llmalign.loop.train import remove_checkpoints, train
 from llmalign.recipe import Recipe
 from llmalign.rewards.preference import Oracle, RewardOracle
-from llmalign.trainers.checkpoint import HARMLESS_KEYS, as_plain, compare_recipes, guard_output_dir
+from llmalign.trainers.run_folder import HARMLESS_KEYS, as_plain, compare_recipes, guard_output_dir
 
 LOOP_FILE = "loop.json"
 ROUNDS_FILE = "rounds.json"

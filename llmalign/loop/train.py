@@ -11,7 +11,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llmalign.loop.run import ADAPTER_CONFIG, Run, model_files
 from llmalign.loop.stages import Made, Row, write_json
 from llmalign.train import run as run_recipe
-from llmalign.trainers.checkpoint import ASIDE, RUN_FILE
+from llmalign.trainers.resuming import ASIDE
+from llmalign.trainers.run_folder import RUN_FILE
 
 
 def train(run: Run, number: int, folder: Path, rows: list[Row]) -> Made:

@@ -21,15 +21,16 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, 
 
 from llmalign.data.collators import PairCollator
 from llmalign.errors import UserError
+from llmalign.pickles import refuse_pickles, require_safe_adapter, weight_options
 from llmalign.rewards.functions import Guarded, guard
 from llmalign.trainers.alarms import AlarmCallback
 from llmalign.trainers.baselines import NamedEvaluations
 from llmalign.trainers.batching import MicroBatchMixin
-from llmalign.trainers.checkpoint import SafeCheckpointMixin
 from llmalign.trainers.loading import refuse_vision, text_tokenizer
 from llmalign.trainers.pair import PairTrainerMixin
 from llmalign.trainers.references import References
 from llmalign.trainers.rollouts import Rollout, RolloutMixin, load_state, save_state
+from llmalign.trainers.safe_run import SafeRunMixin
 from llmalign.trainers.startup import (
     best_of_first_set,
     brings_references,
@@ -131,9 +132,7 @@ class FrozenModels:
             yield
 
 
-class PairBase(
-    SafeCheckpointMixin, FrozenModels, TextScores, References, MicroBatchMixin, PairTrainerMixin, DPOTrainer
-):
+class PairBase(SafeRunMixin, FrozenModels, TextScores, References, MicroBatchMixin, PairTrainerMixin, DPOTrainer):
     """TRL's DPOTrainer with its loss replaced by a pure function of scores.
 
     Data preparation, reference handling, PEFT, saving and the model card stay TRL's. Raises UserError for
@@ -228,7 +227,7 @@ class PairBase(
         return tuple(logps.reshape(-1, 2).unbind(dim=1))
 
 
-class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMixin, RLOOTrainer):
+class SampledBase(SafeRunMixin, FrozenModels, NamedEvaluations, RolloutMixin, RLOOTrainer):
     """TRL's RLOOTrainer, whose sampling (vLLM included), rewards and logs stay, with its loss replaced.
 
     Of TRL's own methods it replaces one, the per-token scores, which read each prompt once for its completions. Others
@@ -317,7 +316,7 @@ class SampledBase(SafeCheckpointMixin, FrozenModels, NamedEvaluations, RolloutMi
     def _generate_and_score_completions(self, inputs: Any) -> Rollout:
         batch = super()._generate_and_score_completions(inputs)
         size = self.group_size
-        rollout = {key: batch[key][::size] for key in ("prompt_ids", "prompt_mask")}
+        rollout = {key: batch[key][::size] for key in ("row_id", "prompt_ids", "prompt_mask")}
         rollout |= {key: batch[key].unflatten(0, (-1, size)) for key in ("completion_ids", "completion_mask")}
         rollout["token_old"] = self._scored
         rollout["rewards"], usable = self._own_rewards(len(inputs), size)
@@ -373,12 +372,13 @@ def load_frozen(path: str, args: Any, quantization_config: Any = None) -> PreTra
     The folder of an adapter gives its base model with the adapter merged in. Raises UserError where nothing can be
     loaded from `path`.
     """
-    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    options = {"trust_remote_code": args.trust_remote_code, **weight_options(), **(args.model_init_kwargs or {})}
     options.pop("revision", None)
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None  # as TRL loads its own: a model spread over devices cannot be replicated
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
+    refuse_pickles(path)
     try:
         if (Path(path) / "adapter_config.json").is_file():
             base = PeftConfig.from_pretrained(path).base_model_name_or_path
@@ -392,6 +392,7 @@ def load_frozen(path: str, args: Any, quantization_config: Any = None) -> PreTra
 def continue_adapter(model: Any, adapter: str, args: Any, quantization_config: Any) -> PeftModel:
     """The model with a saved adapter that goes on being trained. Raises UserError where there is none."""
     base = load_frozen(model, args, quantization_config) if isinstance(model, str) else model
+    require_safe_adapter(adapter)
     try:
         return PeftModel.from_pretrained(base, adapter, is_trainable=True)
     except (OSError, ValueError) as error:

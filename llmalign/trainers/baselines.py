@@ -4,7 +4,7 @@ from typing import Any
 
 import trl
 
-from llmalign.trainers.checkpoint import SafeCheckpointMixin
+from llmalign.trainers.safe_run import SafeRunMixin
 
 
 class NamedEvaluations:
@@ -23,16 +23,16 @@ class NamedEvaluations:
         return output
 
 
-class DPOTrainer(SafeCheckpointMixin, NamedEvaluations, trl.DPOTrainer):
+class DPOTrainer(SafeRunMixin, NamedEvaluations, trl.DPOTrainer):
     """TRL's DPOTrainer, all of its own losses included; checkpoints are whole or absent, evaluation sets keep names.
 
     Not covered: the start check, alarms and row-weighted metrics, which `PairTrainer` with `loss="dpo"` has.
     """
 
 
-class SFTTrainer(SafeCheckpointMixin, NamedEvaluations, trl.SFTTrainer):
+class SFTTrainer(SafeRunMixin, NamedEvaluations, trl.SFTTrainer):
     """TRL's SFTTrainer; checkpoints are whole or absent, evaluation sets keep their names."""
 
 
-class RewardTrainer(SafeCheckpointMixin, NamedEvaluations, trl.RewardTrainer):
+class RewardTrainer(SafeRunMixin, NamedEvaluations, trl.RewardTrainer):
     """TRL's RewardTrainer; checkpoints are whole or absent, evaluation sets keep their names."""

@@ -104,16 +104,19 @@ class PFPPOTrainer(SampledBase):
             )
         return self.optimizer
 
+    def gradient_groups(self, model: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
+        """Policy and critic apart, so that a critic that is far off does not shrink the policy's steps."""
+        if self.critic is None:
+            return super().gradient_groups(model)
+        own = list(self.critic.module.named_parameters())
+        known = {id(weight) for _, weight in own}
+        policy = [(name, weight) for name, weight in model.named_parameters() if id(weight) not in known]
+        return [policy, [(f"critic.{name}", weight) for name, weight in own]]
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip policy and critic apart, so that a critic that is far off does not shrink the policy's steps."""
-        if self.critic is None or self.is_deepspeed_enabled:  # DeepSpeed clips by itself, all at once
-            return super()._clip_grad_norm(model)
-        own = self.critic.parameters()
-        known = {id(weight) for weight in own}
-        policy = [weight for weight in model.parameters() if id(weight) not in known]
-        norm = self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)  # unscales the critic's too
-        critic_norm = nn.utils.clip_grad_norm_(own, self.args.max_grad_norm)
-        self._metrics["train"]["critic/grad_norm"].append(float(critic_norm))
+        norm = super()._clip_grad_norm(model)
+        if self.critic is not None and not self.is_deepspeed_enabled:  # DeepSpeed clips by itself, all at once
+            self._metrics["train"]["critic/grad_norm"].append(float(self.gradient_norms[1]))
         return norm
 
     def sampler_token_logps(self, model: nn.Module, rollout: Rollout) -> Tensor:

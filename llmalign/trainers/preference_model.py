@@ -77,7 +77,7 @@ class PreferenceModelTrainer(RewardTrainer):
     ) -> Any:
         """Cross-entropy of both orders; TRL's metrics are kept, its Bradley-Terry loss is not."""
         _, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        loss = pair_loss(outputs.logits.squeeze(-1))
+        loss = self.watched(pair_loss(outputs.logits.squeeze(-1)))
         return (loss, outputs) if return_outputs else loss
 
     def _evaluation_sets(self, sets: Any) -> Any:

@@ -23,11 +23,13 @@ from llmalign.data.reference_cache import (
     Report,
     ScoreKey,
     default_root,
+    keep_rows,
     look_up_rows,
     score_ahead,
     weights_digest,
 )
 from llmalign.errors import UserError
+from llmalign.processes import fail_together, lowest_of_all
 from llmalign.scores.scoring import Scorer, batch_dependent
 from llmalign.trainers.text_scores import CHECKED_GROUPS, short_groups
 from llmalign.types import PromptGroups
@@ -146,7 +148,7 @@ class References:
             description=f"Scoring {name} under the frozen model",
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
-            barrier=self.accelerator.wait_for_everyone,
+            together=fail_together,
             agree=lambda jobs: broadcast_object_list([jobs])[0],
             even=self.accelerator.distributed_type in SHARDED,
             disable=self.args.disable_tqdm,
@@ -156,12 +158,16 @@ class References:
             "%s: %d log-probs found in the cache, %d computed (%.1f s).",
             name, report.found, report.computed, report.seconds,
         )  # fmt: skip
-        logps = look_up_rows(cache, _token_ids(dataset), self._groups_of)
+        own = look_up_rows(cache, _token_ids(dataset), self._groups_of)
+        # Hosts may keep caches of their own: each gets from the others what its own lacks.
+        logps = lowest_of_all(own, self.accelerator.device)
         if np.isnan(logps).any():
             raise UserError(
                 f"{int(np.isnan(logps).sum())} log-probs of {name} are not in {cache.folder} although they were just "
-                "computed: set reference_cache_dir to a folder that all processes share"
+                "computed: set reference_cache_dir to another folder"
             )
+        if np.isnan(own).any():
+            keep_rows(cache, _token_ids(dataset), self._groups_of, logps)
         return self.add_logps(dataset, logps, columns)
 
     def add_logps(self, dataset: Dataset, logps: np.ndarray, columns: tuple[str, ...]) -> Dataset:

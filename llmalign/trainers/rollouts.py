@@ -65,6 +65,11 @@ class RolloutMixin(TextScores):
     _unique_tokens = 0
     _order: OrderByEpoch | None = None
 
+    def _generate_and_score_completions(self, inputs: Any) -> Rollout:
+        batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        numbers = [row.get("row_id", -1) for row in inputs]
+        return batch | {"row_id": torch.tensor(numbers, device=batch["prompt_ids"].device)}
+
     def finish(self, rollout: Rollout) -> Rollout:
         """The rollout that is trained on, made of a fresh one: as it is, or with others joined to it."""
         return rollout

@@ -1,15 +1,19 @@
 """What configs share where they are made: checks that name the field, and what the hardware decides."""
 
 import math
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
 
 from llmalign.errors import UserError
+from llmalign.trainers.ranges import check_ranges
+from llmalign.trainers.sharding import let_the_cpu_shard, refuse_other_offloaded_optimizers
 
 CHECKPOINTING = "Recompute activations; left open: on CUDA only."
+STOP, SKIP = "stop", "skip"
+NON_FINITE = "A step whose loss or gradient is NaN or infinite: stop before it, or skip it, counted."
 NAN_FILTER = "Hide NaN losses from the log; TRL's default is True."
 
 
@@ -18,6 +22,7 @@ def choose_hardware(args: Any) -> str:
     if parse_flag_from_env("ACCELERATE_USE_CPU") and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         # accelerate would run plain data parallelism on weights that are sharded while they are loaded
         raise UserError("ACCELERATE_USE_CPU switches DeepSpeed off: unset it and set DS_ACCELERATOR=cpu")
+    check_ranges(args)
     on_cuda = torch.cuda.is_available() and not args.use_cpu
     on_mps = torch.backends.mps.is_available() and not args.use_cpu
     if not (on_cuda or on_mps):
@@ -88,9 +93,16 @@ def check_flip_rate(args: Any, upper: float = 0.5, *, closed: bool = False) -> N
     require(inside, "flip_rate", value, f"in [0, {upper:g}{']' if closed else ')'}{hint}")
 
 
+@dataclass
 class ChosenHardware:
     """Precision, device and checkpointing chosen from the hardware; the choice in words is `choices`."""
 
+    non_finite: str = field(default=STOP, metadata={"help": NON_FINITE})
+
     def __post_init__(self) -> None:
+        require(self.non_finite in (STOP, SKIP), "non_finite", self.non_finite, f"{STOP} or {SKIP}")
+        refuse_inherited(self, {"enable_jit_checkpoint": "SIGTERM saves a checkpoint, whole or not at all, without it"})
         self.choices = choose_hardware(self)
         super().__post_init__()  # type: ignore[misc]
+        let_the_cpu_shard()
+        refuse_other_offloaded_optimizers(self)

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from llmalign.diffusion.denoiser import LORA_FILE
 from llmalign.diffusion.trainer import DiffusionPreferenceTrainer
 from llmalign.errors import UserError
-from llmalign.trainers.checkpoint import find_resumable, guard_output_dir, resolve_resume
+from llmalign.sigterm import Preempted, saving_on_sigterm
+from llmalign.trainers.resuming import find_resumable, resolve_resume
+from llmalign.trainers.run_folder import guard_output_dir
 from tests.diffusion import training
 from tests.diffusion.training import pairs, trainer
+from tests.trainers.forked import Signalled
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LORA, WHOLE = (pytest.mark.parametrize("finished", [kind], indirect=True) for kind in ("lora", "whole"))
@@ -73,6 +76,18 @@ def test_resumed_equals_uninterrupted(step, finished, tiny_folder, tmp_path):
     assert {entry["step"] for entry in history(again)} == {1, 2, 3, 4}
 
 
+def test_sigterm_saves_the_running_step(finished, tiny_folder, tmp_path):
+    built, _, peft = finished
+    stopped = run(str(tiny_folder("sd")), tmp_path, peft=peft, save_strategy="no")
+    stopped.add_callback(Signalled("on_step_begin", 2))
+    with pytest.raises(Preempted) as ended, saving_on_sigterm():
+        stopped.train()
+    assert ended.value.checkpoint == tmp_path / "out" / "checkpoint-3"
+    again = run(str(tiny_folder("sd")), tmp_path, peft=peft, save_strategy="no")
+    again.train(resume_from_checkpoint=True)
+    assert_equal(weights(again), weights(built))
+
+
 @LORA
 def test_the_adapter_that_training_went_on_from_comes_back(finished, tiny_folder, tmp_path):
     _, folder, _ = finished
@@ -117,7 +132,7 @@ def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(finished):
     built, folder, peft = finished
     checkpoint = folder / "out" / "checkpoint-2"
     files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
-    rest = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    rest = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json"}
     trained, tensors = sum(value.numel() for value in weights(built).values()), len(weights(built))
     if peft:
         assert files == {LORA_FILE} | rest
@@ -188,6 +203,7 @@ def test_a_shard_that_is_missing_is_named(finished, tmp_path):
     checkpoint = tmp_path / "checkpoint-4"
     shutil.copytree(folder / "out" / "checkpoint-4", checkpoint)
     shutil.rmtree(checkpoint / "unet")
+    (checkpoint / "manifest.json").unlink()
     built.model.network.save_pretrained(checkpoint / "unet", max_shard_size="100KB")
     shards = sorted((checkpoint / "unet").glob("*-of-*.safetensors"))
     assert len(shards) > 1 and resolve_resume(str(checkpoint), str(tmp_path)) == str(checkpoint)

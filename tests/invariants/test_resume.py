@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from llmalign.cli import main
-from llmalign.trainers.checkpoint import find_resumable
+from llmalign.trainers.resuming import find_resumable
 
 STEPS = 24
 LAST = f"checkpoint-{STEPS}"
@@ -107,7 +107,9 @@ def losses(output_dir: Path) -> list[tuple[int, float]]:
     return [(entry["step"], entry[key]) for entry in history for key in ("loss", "eval_held_out_loss") if key in entry]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_killed_and_resumed_it_ends_at_the_same_bytes(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     recipes = [write_recipe(tmp_path, tiny_model_dir, folder, CASES[name]) for folder in (whole, torn)]

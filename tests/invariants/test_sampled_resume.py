@@ -8,7 +8,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
 
-from llmalign.trainers.checkpoint import find_resumable
+from llmalign.trainers.resuming import find_resumable
 from tests.invariants.test_resume import Run
 
 STEPS = 12
@@ -78,7 +78,12 @@ def write_recipe(folder: Path, model: Path, name: str, output_dir: Path) -> Path
     return path
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("mdpo-lora", "fdpg")  # the others with the slow ones: test_kills.py goes through all trainers
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_killed_and_resumed_it_ends_at_the_same_bytes(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     recipes = [write_recipe(tmp_path, tiny_model_dir, name, folder) for folder in (whole, torn)]

@@ -13,7 +13,8 @@ from transformers import Trainer, TrainerCallback
 
 import llmalign.trainers.checkpoint as checkpoint
 from llmalign.errors import UserError
-from llmalign.trainers.checkpoint import SafeCheckpointMixin, check_whole, find_resumable, resolve_resume
+from llmalign.trainers.checkpoint import SafeCheckpointMixin
+from llmalign.trainers.resuming import check_whole, find_resumable, resolve_resume
 from tests.trainers.toy_runs import SafeTrainer, make, names
 
 
@@ -52,7 +53,7 @@ def test_a_run_leaves_whole_checkpoints_and_nothing_else(finished: Path) -> None
 def test_a_checkpoint_holds_the_same_files_as_the_trainers_own(finished: Path, tmp_path: Path) -> None:
     make(tmp_path / "plain", Trainer).train()
     plain = tmp_path / "plain" / "checkpoint-6"
-    assert names(finished / "checkpoint-6") == names(plain)
+    assert names(finished / "checkpoint-6") == sorted([*names(plain), "manifest.json"])
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         assert (finished / "checkpoint-6" / name).read_bytes() == (plain / name).read_bytes(), name
     kept = torch.load(finished / "checkpoint-6" / "training_args.bin", weights_only=False)
@@ -103,7 +104,7 @@ def test_a_cut_before_the_rename_shows_no_checkpoint(tmp_path: Path, monkeypatch
     monkeypatch.setattr(checkpoint.os, "rename", cut)
     with pytest.raises(PowerCut):
         make(tmp_path / "run").train()
-    assert "optimizer.pt" in seen and seen[-1] == "trainer_state.json"
+    assert "optimizer.pt" in seen and seen[-2:] == ["trainer_state.json", "manifest.json"]
     assert find_resumable(tmp_path / "run") == (tmp_path / "run" / "checkpoint-2", [])
 
 
@@ -242,5 +243,5 @@ def test_two_processes_write_one_whole_checkpoint_and_resume(tmp_path: Path) -> 
     weights.write_bytes(uninterrupted[:-1])
     subprocess.run(command, check=True, timeout=300)
     assert weights.read_bytes() == uninterrupted
-    with pytest.raises(UserError, match="2 process.* left their random state and this run has 1"):
-        resolve_resume("auto", tmp_path / "run")
+    with pytest.raises(UserError, match="written by 2 process.* and this run has 1.*because dropout .* draws random"):
+        make(tmp_path / "run", per_device_train_batch_size=4).train(resume_from_checkpoint=True)

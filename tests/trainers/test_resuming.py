@@ -12,13 +12,9 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from llmalign.errors import UserError
-from llmalign.trainers.checkpoint import (
-    check_whole,
-    find_resumable,
-    guard_output_dir,
-    record_run,
-    resolve_resume,
-)
+from llmalign.trainers.manifest import MANIFEST, files_of, write_manifest
+from llmalign.trainers.resuming import check_whole, find_resumable, resolve_resume
+from llmalign.trainers.run_folder import guard_output_dir, record_run
 from tests.trainers.toy_runs import make, small_llama
 
 
@@ -36,13 +32,25 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+def remove_manifests(run: Path) -> Path:
+    """What an older version would have left."""
+    for manifest in run.glob(f"*/{MANIFEST}"):
+        manifest.unlink()
+    return run
+
+
+def remade(folder: Path, processes: int = 1) -> None:
+    """Give a checkpoint whose files were put there by hand the manifest that it would have been written with."""
+    write_manifest(folder, files_of(folder), step=6, processes=processes, rows_per_step=2)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("optimizer.pt", "the optimizer state (optimizer.pt) is missing"),
         ("scheduler.pt", "the scheduler state (scheduler.pt) is missing"),
         ("rng_state.pth", "the random state (rng_state.pth) is missing"),
-        ("trainer_state.json", "trainer_state.json, which is written last, is missing"),
+        ("trainer_state.json", "trainer_state.json, without which no checkpoint is complete, is missing"),
         ("model.safetensors", "the weights (model.safetensors, adapter_model.safetensors or a pipeline's) are missing"),
     ],
 )
@@ -143,7 +151,7 @@ def test_every_shard_of_an_index_must_be_there_and_whole(run: Path) -> None:
     LlamaForCausalLM.from_pretrained(run / "checkpoint-4").save_pretrained(folder, max_shard_size="4KB")
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 2
-    check_whole(folder)
+    check_whole(remove_manifests(run) / "checkpoint-6")
     content = shards[1].read_bytes()
     shards[1].write_bytes(content[:-4])
     with pytest.raises(UserError, match=f"{shards[1].name} is cut off or damaged"):
@@ -155,19 +163,24 @@ def test_every_shard_of_an_index_must_be_there_and_whole(run: Path) -> None:
 
 def test_the_random_state_of_every_process_is_needed(run: Path) -> None:
     folder = run / "checkpoint-6"
-    with pytest.raises(UserError, match="1 process.* left their random state and this run has 2"):
-        check_whole(folder, world_size=2)
     (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
-    with pytest.raises(UserError, match=r"the random state \(rng_state_1.pth\) is missing"):
-        check_whole(folder, world_size=2)
+    remade(folder, processes=2)
+    for world_size in (1, 2):  # how many go on changes nothing: the manifest tells how many there were
+        with pytest.raises(UserError, match=r"the random state \(rng_state_1.pth\) is missing"):
+            check_whole(folder, world_size=world_size)
     shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
+    remade(folder, processes=2)
+    for world_size in (1, 2):
+        check_whole(folder, world_size=world_size)
+    (folder / "rollout_0.pt").write_bytes((folder / "optimizer.pt").read_bytes())
+    remade(folder, processes=2)
     check_whole(folder, world_size=2)
-    with pytest.raises(UserError, match="2 process.* left their random state and this run has 1"):
-        check_whole(folder)
+    with pytest.raises(UserError, match="2 process.* wrote it, each with a rollout of its own, and this run has 1; st"):
+        check_whole(folder, world_size=1)
 
 
 def test_sharded_layouts_are_not_refused(run: Path) -> None:
-    fsdp, deepspeed = run / "checkpoint-4", run / "checkpoint-6"
+    fsdp, deepspeed = run / "checkpoint-4", remove_manifests(run) / "checkpoint-6"
     for folder in (fsdp, deepspeed):
         (folder / "optimizer.pt").unlink()
         (folder / "model.safetensors").unlink()
