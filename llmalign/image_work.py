@@ -41,6 +41,7 @@ def image_work(recipe: Recipe, config: Any, options: ModelConfig) -> Work:
     from llmalign.diffusion.embedded import pipeline_path  # text users have no need of diffusers
     from llmalign.diffusion.image_trainer import lora_config
     from llmalign.diffusion.pipelines import require_pipeline
+    from llmalign.diffusion.sharding import loading_whole
 
     with config.main_process_first(desc="looking for the model"):
         path = pipeline_path(str(options.model_name_or_path))
@@ -48,7 +49,8 @@ def image_work(recipe: Recipe, config: Any, options: ModelConfig) -> Work:
     functions = []
     if recipe.method.kind == CAPTIONS:
         folder = Path(recipe.path).parent
-        functions = [load_image_reward(name, folder=folder, device=config.device) for name in config.reward_funcs]
+        with loading_whole():
+            functions = [load_image_reward(name, folder=folder, device=config.device) for name in config.reward_funcs]
     data = _prepared(recipe, config)
     after = _sample_command(recipe, config, options, data)
 

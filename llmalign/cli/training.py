@@ -4,6 +4,8 @@ import argparse
 from typing import Any
 
 from llmalign.cli.common import SOMETHING_WRONG, console, is_main_process
+from llmalign.errors import UserError
+from llmalign.sigterm import saving_on_sigterm
 
 TRAIN_HELP = """\
 RECIPE is a YAML file, or one that is shipped, such as trainers/rpo/recipe.yaml. It names `method` (rpo, rdpo, inpo,
@@ -18,6 +20,7 @@ doctor's limits (max_truncated, max_identical, ...).
   llmalign train trainers/rpo/smoke.yaml
   llmalign train trainers/rpo/lora.yaml --model_name_or_path ./my-model --dataset_name pairs.jsonl
   llmalign train trainers/rpo/lora.yaml --resume auto
+  llmalign train trainers/rpo/recipe.yaml --accelerate zero3 --num_processes 8
   llmalign train trainers/diffusion_dpo/lora.yaml --model_name_or_path ./pipeline --dataset_name pairs.parquet
 """
 SWEEP_HELP = """\
@@ -38,6 +41,8 @@ there; a LoRA recipe in bf16 holds the reference in bfloat16: --dtype bfloat16).
   llmalign cache pairs.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --max_length 1024
   llmalign cache big.jsonl --model ./m --kind groups --streaming
 """
+#: options of `accelerate launch` that are passed on
+LAUNCHER_OPTIONS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
 
 
 def add(commands: Any, layout: dict[str, Any]) -> None:
@@ -45,6 +50,15 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
     train = commands.add_parser("train", help="train as a recipe says", description=TRAIN_HELP, **layout)
     train.add_argument("recipe", metavar="RECIPE")
     train.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint, or from the newest whole one")
+    launcher = train.add_argument_group(
+        "on several devices", "NAME is single, ddp, zero1, zero2, zero2_offload, zero3, fsdp2 or multi_node"
+    )
+    launcher.add_argument("--accelerate", metavar="NAME|FILE", help="as under accelerate launch --config_file")
+    launcher.add_argument("--num_processes", type=int, metavar="N", help="of all machines together, one per device")
+    launcher.add_argument("--num_machines", type=int, metavar="N")
+    launcher.add_argument("--machine_rank", type=int, metavar="N", help="this machine's number; the first one's is 0")
+    launcher.add_argument("--main_process_ip", metavar="ADDRESS", help="the first machine")
+    launcher.add_argument("--main_process_port", type=int, metavar="PORT", help="a free port of the first machine")
     train.set_defaults(run=_train)
 
     sweep = commands.add_parser("sweep", help="train a grid of recipes", description=SWEEP_HELP, **layout)
@@ -67,11 +81,21 @@ def add(commands: Any, layout: dict[str, Any]) -> None:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
-    # Imported here, so that --help and a mistyped command answer at once.
-    from llmalign.recipe import load_recipe
-    from llmalign.train import run, summary
+    launcher = {name: getattr(options, name) for name in LAUNCHER_OPTIONS}
+    if options.accelerate is not None:
+        from llmalign.launch import launch
 
-    result = run(load_recipe(options.recipe, rest), resume=options.resume)
+        resume = [] if options.resume is None else ["--resume", options.resume]
+        return launch(options.accelerate, ["train", options.recipe, *resume, *rest], **launcher)
+    for name, value in launcher.items():
+        if value is not None:
+            raise UserError(f"--{name} is of a launcher: name one with --accelerate, such as --accelerate ddp")
+    with saving_on_sigterm():
+        # Imported here, so that --help and a mistyped command answer at once.
+        from llmalign.recipe import load_recipe
+        from llmalign.train import run, summary
+
+        result = run(load_recipe(options.recipe, rest), resume=options.resume)
     if is_main_process():
         screen = console()
         screen.print(summary(result))
@@ -81,9 +105,10 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _sweep(options: argparse.Namespace, rest: list[str]) -> int:
-    from llmalign.sweep import FAILED, sweep, table
+    with saving_on_sigterm():
+        from llmalign.sweep import FAILED, sweep, table
 
-    entries = sweep(options.recipe, options.grid, rest)
+        entries = sweep(options.recipe, options.grid, rest)
     if is_main_process():
         console().print(table(entries))
     return SOMETHING_WRONG if any(entry.status == FAILED for entry in entries) else 0

@@ -32,7 +32,7 @@ from llmalign.types import PromptGroups
 logger = logging.getLogger(__name__)
 
 __all__ = [
-    "ReferenceCache", "Report", "ScoreKey", "default_root", "look_up_rows", "score_ahead", "sequence_keys",
+    "ReferenceCache", "Report", "ScoreKey", "default_root", "keep_rows", "look_up_rows", "score_ahead", "sequence_keys",
     "weights_digest",
 ]  # fmt: skip
 
@@ -109,11 +109,15 @@ class ReferenceCache:
                     lambda path: path.write_text(json.dumps({**said, **asdict(key)}, indent=2) + "\n"),
                 )
         except OSError as error:
-            raise UserError(
-                f"the reference cache cannot be written in {self.folder} ({error.strerror}); set reference_cache_dir "
-                "or LLMALIGN_CACHE to a folder that can be"
-            ) from error
+            raise self._unwritable(error) from error
         self.refresh()
+
+    def _unwritable(self, error: Exception) -> UserError:
+        why = error.strerror if isinstance(error, OSError) else error
+        return UserError(
+            f"the reference cache cannot be written in {self.folder} ({why}); set reference_cache_dir or "
+            "LLMALIGN_CACHE to a folder that can be"
+        )
 
     def lookup(self, groups: PromptGroups) -> np.ndarray:
         """Log-probs (N,) float32 of the sequences, NaN where there is none."""
@@ -159,7 +163,10 @@ class ReferenceCache:
         body = _body_digest(keys, values)
         noted = {"count": str(len(values)), "sha256": body, "key": self._digest}
         path = self.folder / f"{body[:32]}.safetensors"
-        _write_aside(path, lambda aside: save_file({"keys": keys, "values": values}, aside, noted))
+        try:
+            _write_aside(path, lambda aside: save_file({"keys": keys, "values": values}, aside, noted))
+        except (OSError, SafetensorError) as error:  # the latter where the disk is full
+            raise self._unwritable(error) from error
         self._seen.add(path.name)
         self._add(keys, values)
         self._pending = {}
@@ -231,6 +238,18 @@ def look_up_rows(
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
 
 
+def keep_rows(
+    cache: ReferenceCache, rows: Iterable[Row], groups_of: Callable[[list[Row]], PromptGroups], logps: np.ndarray
+) -> None:
+    """Store what the cache lacks of the log-probs (N,) of all completions of some rows, as another cache held them."""
+    for chunk in _chunks(rows):
+        groups = groups_of(chunk)
+        own, logps = np.split(logps, [sum(groups.counts())])
+        if np.isnan(cache.lookup(groups)).any():
+            cache.store(groups, own)
+    cache.flush()
+
+
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
     left = iter(rows)
     while chunk := list(islice(left, CHUNK_ROWS)):
@@ -269,7 +288,7 @@ def score_ahead(
     description: str,
     rank: int = 0,
     world: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    together: Callable[[str | None], None] | None = None,
     agree: Callable[[Any], Any] | None = None,
     even: bool = False,
     disable: bool = False,
@@ -279,7 +298,8 @@ def score_ahead(
     `score` gives log-probs (N,). `agree` returns rank 0's argument on every rank: another run may fill the same cache
     meanwhile, so ranks that each looked for themselves would not see the same gaps. `even` lets every rank call `score`
     equally often, as sharded models need. What is scored is written twice a minute, so that a killed fill goes on where
-    it was. Raises UserError naming the row whose log-prob is not finite.
+    it was. Raises UserError naming the row whose log-prob is not finite, or the folder that cannot be written;
+    `together` is told of such a fault, or None, on every rank and raises where any has one.
     """
     started = time.perf_counter()
     cache.refresh()
@@ -291,27 +311,45 @@ def score_ahead(
     batches = _batches(jobs, tokens_per_batch)
     own = batches[rank::world]
     idle = [own[-1] if own else batches[0]] if even and len(own) < len(batches[::world]) else []
+    fault: str | None = None
     flushed = time.perf_counter()
     size = sum(len(job.completions) for batch in own for job in batch)
     try:
         with tqdm(total=size, desc=description, unit="seq", disable=disable or rank > 0 or not batches) as bar:
             for index, batch in enumerate([*own, *idle]):
+                if fault is not None and not even:
+                    break
                 examples = [rows[job.row] for job in batch]
                 groups = _some(groups_of(examples), [job.completions for job in batch])
                 logps = score(groups).detach().float().cpu().numpy()
-                if index == len(own):
-                    break
-                cache.store(groups, logps, row_ids=[row["row_id"] for row in examples])
+                if index == len(own) or fault is not None:
+                    continue
+                ids = [row["row_id"] for row in examples]
+                fault = _fault_of(lambda: cache.store(groups, logps, row_ids=ids))  # noqa: B023 - called at once
                 bar.update(len(logps))
                 if time.perf_counter() - flushed > FLUSH_SECONDS:
-                    cache.flush()
+                    fault = fault or _fault_of(cache.flush)
                     flushed = time.perf_counter()
     finally:
-        cache.flush()
-    barrier()
+        fault = _fault_of(cache.flush) or fault
+    (together or _raise)(fault)
     cache.refresh()
     computed = sum(len(job.completions) for job in jobs)
     return Report(total - computed, computed, time.perf_counter() - started)
+
+
+def _fault_of(write: Callable[[], None]) -> str | None:
+    """What kept something from being written, in a sentence."""
+    try:
+        write()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _raise(fault: str | None) -> None:
+    if fault is not None:
+        raise UserError(fault)
 
 
 def _missing(

@@ -38,6 +38,7 @@ class ImageConfig(ChosenHardware, TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads what it needs."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every trained weight is used."})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "None of them changes by itself."})
     resolution: int | None = field(
         default=None, metadata={"help": "Pictures' side in pixels; left open: what the network was made for."}
     )

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llmalign.diffusion.pipelines import Conditions, Family
+from llmalign.diffusion.sharding import whole, whole_shape, write
 from llmalign.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,22 @@ class Denoiser(nn.Module):
     def __init__(self, network: nn.Module, family: Family) -> None:
         super().__init__()
         self.network: Any = network
+        self.network_class: Any = type(network)  # FSDP2 gives modules another
         self.family = family
-        self.dtype = next(network.parameters()).dtype
         self._layers: list[BaseTunerLayer] = []
         self._in_use: str | None = None
         self._drop_nothing()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in; DeepSpeed may change it."""
+        return next(self.network.parameters()).dtype
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes that FSDP2 takes as units, as the network names them, of those that it has."""
+        there = {type(module).__name__ for module in self.network.modules()}
+        return [name for name in self.network._no_split_modules or () if name in there]
 
     def forward(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Predictions (N, C, h, w) for noisy latents at timesteps (N,), conditions with a row each."""
@@ -92,15 +104,26 @@ class Denoiser(nn.Module):
         return list(self.network.peft_config) if self.network._hf_peft_config_loaded else []
 
     def add_copy(self, name: str) -> None:
-        """Keep a frozen copy of the policy's adapter under a name."""
+        """Keep a frozen copy of the policy's adapter under a name; it lies whole on every process, however sharded."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are meant
             self.network.add_adapter(copy.deepcopy(self.network.peft_config[POLICY]), adapter_name=name)
         self._adopt(POLICY)
-        for weights_name, weights in self.network.named_parameters():
-            if f".{name}." in weights_name:  # PEFT makes them in the network's precision, and a copy is to be exact
-                weights.data = weights.data.float()
+        self._make_buffers(name)
         self.load_adapter_state(self.adapter_state(POLICY), name)
+
+    def _make_buffers(self, name: str) -> None:
+        """Turn the weights of an adapter into buffers of the policy's precision, which PEFT does not give them.
+
+        An engine that has sharded the network refuses parameters that are added later, and leaves buffers alone.
+        """
+        for place, weight in list(self.network.named_parameters()):
+            if f".{name}." in place:
+                kind = self.network.get_parameter(place.replace(f".{name}.", f".{POLICY}.")).dtype
+                owner, _, own = place.rpartition(".")
+                module = self.network.get_submodule(owner)
+                delattr(module, own)
+                module.register_buffer(own, weight.detach().to(kind), persistent=False)
 
     def _drop_nothing(self) -> None:
         for module in self.network.modules():
@@ -133,33 +156,43 @@ class Denoiser(nn.Module):
             self._switch(before)
 
     def _switch(self, adapter: str | None) -> None:
-        # The flag alone where adapters go off or come back: PEFT's own switch also goes over every weight's
-        # requires_grad, and the network's over every module, which on SDXL takes 40 and 50 ms a step.
+        # PEFT's own switch also goes over every weight's requires_grad, which on SDXL takes 40 ms a step, and which
+        # FSDP2 reads once, when a weight is first gathered; the network's goes over every module.
         for layer in self._layers:
             layer._disable_adapters = adapter is None
-            if adapter is not None and layer.active_adapters != [adapter]:
-                layer.set_adapter(adapter)
+            if adapter is not None:
+                layer._active_adapter = [adapter]
         self._in_use = adapter
 
+    def adapter_weights(self, name: str = POLICY) -> dict[str, Tensor]:
+        """The weights of an adapter as they lie in the network, by PEFT's names."""
+        held = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        return get_peft_model_state_dict(self.network, held, adapter_name=name)
+
     def adapter_state(self, name: str = POLICY) -> dict[str, Tensor]:
-        """The weights of an adapter, by PEFT's names."""
-        return get_peft_model_state_dict(self.network, adapter_name=name)
+        """The weights of an adapter, by PEFT's names; where they are sharded all processes ask together."""
+        return {key: whole(weight) for key, weight in self.adapter_weights(name).items()}
 
     def load_adapter_state(self, state: dict[str, Tensor], name: str = POLICY) -> None:
         """Put weights into an adapter that is there. Raises UserError where they do not fit it."""
-        try:
-            result = set_peft_model_state_dict(self.network, state, adapter_name=name)
-        except RuntimeError as error:  # of sizes
-            first = str(error).strip().split("\n")[1].strip()
-            raise UserError(f"the adapter's weights do not fit this network ({first}); {WAY_OUT}") from error
-        wrong = [key for key in result.missing_keys if f".{name}." in key] + result.unexpected_keys
+        own = self.adapter_weights(name)
+        wrong = sorted(own.keys() ^ state.keys())
+        wrong += [key for key in own.keys() & state.keys() if whole_shape(own[key]) != state[key].shape]
         if wrong:
             raise UserError(f"the adapter's weights do not fit this network ({wrong[0]} differs); {WAY_OUT}")
+        for key, weight in own.items():
+            write(weight, state[key])
 
-    def save_adapter(self, pipeline_class: Any, folder: str | Path, name: str = POLICY) -> None:
-        """Write an adapter as a LoRA file of plain diffusers, its configuration (and so lora_alpha) with it."""
+    def save_adapter(
+        self, pipeline_class: Any, folder: str | Path, name: str = POLICY, state: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write an adapter as a LoRA file of plain diffusers, its configuration (and so lora_alpha) with it.
+
+        `state` holds its weights where they are sharded.
+        """
         part = self.family.network_name
-        state = {key: value.contiguous() for key, value in self.adapter_state(name).items()}  # of channels-last layers
+        state = self.adapter_state(name) if state is None else state
+        state = {key: value.contiguous() for key, value in state.items()}  # of channels-last layers
         pipeline_class.save_lora_weights(
             folder,
             **{

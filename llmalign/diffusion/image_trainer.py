@@ -2,11 +2,12 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
@@ -20,9 +21,11 @@ from llmalign.diffusion.latents import LatentCollator, LatentRows, encode
 from llmalign.diffusion.monitor import Monitor
 from llmalign.diffusion.pipelines import family_of, load_pipeline
 from llmalign.diffusion.process import process_of
+from llmalign.diffusion.sharding import freeze_beside, loading_whole
 from llmalign.errors import UserError
 from llmalign.trainers.pair import PairTrainerMixin
 from llmalign.trainers.startup import refuse_adapter_dropout
+from llmalign.trainers.step_rows import rows_of
 from llmalign.trainers.validation import require
 
 logger = logging.getLogger(__name__)
@@ -62,7 +65,8 @@ class ImageTrainer(DenoiserCheckpoints, PairTrainerMixin, Monitor):
         if args is None or train_dataset is None:
             raise UserError(f"{type(self).__name__} needs its config as `args`, and a train_dataset")
         refuse_adapter_dropout(peft_config)
-        pipe = load_pipeline(model, revision=revision, dtype=dtype) if isinstance(model, (str, Path)) else model
+        with loading_whole():
+            pipe = load_pipeline(model, revision=revision, dtype=dtype) if isinstance(model, (str, Path)) else model
         self.start, self.revision = (str(model), revision) if isinstance(model, (str, Path)) else (None, None)
         self.pipeline_class = type(pipe)
         self.family = family_of(pipe, guidance=args.guidance_embedding)
@@ -101,11 +105,10 @@ class ImageTrainer(DenoiserCheckpoints, PairTrainerMixin, Monitor):
             data_collator=LatentCollator(self.latents, self.images),
             **kwargs,
         )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UserError("image trainers run on one process or under DDP: start without DeepSpeed and FSDP")
-        for frozen in (self.reference, self.vae):
-            if frozen is not None:
-                frozen.to(self.args.device)
+        if self.reference is not None:
+            self._frozen_engine = freeze_beside(self.reference, self.accelerator)
+        if self.vae is not None:
+            self.vae.to(self.args.device)
 
     def _encoded(self, pipe: Any, args: ImageConfig, train: Dataset, evaluation: Any) -> LatentRows:
         named = evaluation if isinstance(evaluation, dict) else {} if evaluation is None else {"eval": evaluation}
@@ -123,6 +126,15 @@ class ImageTrainer(DenoiserCheckpoints, PairTrainerMixin, Monitor):
             device=args.device,
             batch_size=args.encode_batch_size,
         )
+
+    def rows_in_words(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """See FiniteStepsMixin; what an image row says is its caption."""
+        captions = [self.latents.texts[place] for place in inputs["caption_id"].tolist()]
+        return rows_of(inputs, None, self.train_dataset, self.args, captions)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device alone: with DeepSpeed the Trainer would cast latents to the precision of the weights, too."""
+        return send_to_device(data, self.args.device)
 
     def check_guidance(self) -> None:
         """Raise UserError where a network that is told its guidance would be guided a second time."""
@@ -165,7 +177,8 @@ class ImageTrainer(DenoiserCheckpoints, PairTrainerMixin, Monitor):
         if ref_model is None:
             network: nn.Module = copy.deepcopy(denoiser.network)
         else:
-            pipe = load_pipeline(ref_model, dtype=dtype) if isinstance(ref_model, (str, Path)) else ref_model
+            with loading_whole():
+                pipe = load_pipeline(ref_model, dtype=dtype) if isinstance(ref_model, (str, Path)) else ref_model
             if type(pipe) is not self.pipeline_class:
                 raise UserError(
                     f"the reference is a {type(pipe).__name__}, the policy a {self.pipeline_class.__name__}"

@@ -10,6 +10,7 @@ Not covered: random crops, which would need the encoder in every step.
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from llmalign.data.images import decode, pixels
 from llmalign.data.weights import weights_digest
 from llmalign.diffusion.pipelines import Conditions, Family
 from llmalign.errors import UserError
+from llmalign.processes import fail_together, from_all_processes
 
 logger = logging.getLogger(__name__)
 
@@ -215,17 +217,17 @@ def _in_parts(
     batch_size: int,
     said: str,
 ) -> Dataset:
-    """`Dataset.map` in parts with files of known names, which the processes share out."""
+    """`Dataset.map` in parts with files of known names, which the processes share out.
+
+    Hosts may keep folders of their own: the processes of each then share out what theirs lacks.
+    """
     state = PartialState()
     described = json.dumps({"format": FORMAT, "rows": rows._fingerprint, **key}, sort_keys=True)
     digest = hashlib.sha256(described.encode()).hexdigest()[:32]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}); set image_cache_dir to a folder that can be"
-        ) from error
     starts = range(0, len(rows), PART_ROWS)
+
+    def file(number: int) -> Path:
+        return folder / f"{digest}-{number:05d}.arrow"
 
     def part(number: int) -> Dataset:
         some = rows.select(range(starts[number], min(starts[number] + PART_ROWS, len(rows))))
@@ -235,12 +237,28 @@ def _in_parts(
             batch_size=batch_size,
             remove_columns=[name for name in rows.column_names if name not in features],
             features=features,
-            cache_file_name=str(folder / f"{digest}-{number:05d}.arrow"),
+            cache_file_name=str(file(number)),
             new_fingerprint=f"{digest}-{number:05d}",
             desc=said,
         )
 
-    for number in range(state.process_index, len(starts), state.num_processes):
-        part(number)
-    state.wait_for_everyone()
+    def make(numbers: Sequence[int]) -> None:
+        fault = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in numbers:
+                part(number)
+        except UserError as error:
+            fault = str(error)
+        except OSError as error:
+            fault = (
+                f"{folder} cannot be written ({error.strerror or error}); set image_cache_dir to a folder that can be"
+            )
+        fail_together(fault)
+
+    make(range(state.process_index, len(starts), state.num_processes))
+    lacking = [number for number in range(len(starts)) if not file(number).is_file()]
+    if any(from_all_processes(bool(lacking))):
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        make(lacking[state.local_process_index :: here])
     return datasets.concatenate_datasets([part(number) for number in range(len(starts))])

@@ -15,7 +15,7 @@ from llmalign.diffusion.image_trainer import ImageTrainer
 from llmalign.diffusion.online_configs import PREVIOUS, RANDOM, D3POConfig, PSOConfig
 from llmalign.diffusion.pipelines import Conditions
 from llmalign.diffusion.ratios import clipped_fraction, pareto_preference, transition_scores
-from llmalign.diffusion.rollouts import Denoise, guided, row_noise, sample_transitions, transition_logps
+from llmalign.diffusion.rollouts import Denoise, Rollout, guided, row_noise, sample_transitions, transition_logps
 from llmalign.diffusion.rounds import Round, RoundCollator, RoundRows
 from llmalign.diffusion.samplers import build_sampler
 from llmalign.errors import UserError
@@ -193,10 +193,12 @@ class D3POTrainer(ImageTrainer):
         denoiser = self.accelerator.unwrap_model(self.model)
         training = denoiser.training
         denoiser.eval()
-        parts = [
-            self._draw_pairs(denoiser, number, some, [ids[pair] for pair in some])
-            for some in _batches(own, max(1, self.args.sampling_batch_size // SIDES))
-        ]
+        size = max(1, self.args.sampling_batch_size // SIDES)
+        batches = _batches(own, size)
+        parts = [self._draw_pairs(denoiser, number, some, [ids[pair] for pair in some]) for some in batches]
+        most = len(_batches(list(range(0, len(ids), world)), size))
+        for _ in range(most - len(batches) if self.shards_weights else 0):  # all are asked for the weights as often
+            self._rollout(denoiser, number, batches[0], [ids[pair] for pair in batches[0]])
         denoiser.train(training)
         drawn = [torch.cat(column, dim=axis) for column, axis in zip(zip(*parts, strict=True), (1, 1, 0), strict=True)]
         shares = gather_object([drawn]) if world > 1 else [drawn]
@@ -222,6 +224,17 @@ class D3POTrainer(ImageTrainer):
     def _draw_pairs(
         self, denoiser: nn.Module, number: int, pairs: list[int], captions: list[int]
     ) -> tuple[Tensor, ...]:
+        rollout = self._rollout(denoiser, number, pairs, captions)
+        rewards = self._rewards(
+            rollout.latents[-1], [self.captions[caption] for caption in captions for _ in range(SIDES)]
+        )
+        return (
+            rollout.latents.unflatten(1, (-1, SIDES)),
+            rollout.log_probs.unflatten(1, (-1, SIDES)),
+            rewards.unflatten(0, (-1, SIDES)),
+        )
+
+    def _rollout(self, denoiser: nn.Module, number: int, pairs: list[int], captions: list[int]) -> Rollout:
         device, seed = self.accelerator.device, self.args.seed
         sides = [(pair, side) for pair in pairs for side in range(SIDES)]
 
@@ -238,21 +251,13 @@ class D3POTrainer(ImageTrainer):
 
         conditions = {name: value.to(device) for name, value in _repeated(self.latents.conditions(captions)).items()}
         with self.accelerator.autocast():
-            rollout = sample_transitions(
+            return sample_transitions(
                 self._guided(denoiser),
                 self.sampler,
                 conditions,
                 initial=noise("initial"),
                 noise=lambda step: noise("step", step),
             )
-        rewards = self._rewards(
-            rollout.latents[-1], [self.captions[caption] for caption in captions for _ in range(SIDES)]
-        )
-        return (
-            rollout.latents.unflatten(1, (-1, SIDES)),
-            rollout.log_probs.unflatten(1, (-1, SIDES)),
-            rewards.unflatten(0, (-1, SIDES)),
-        )
 
     @torch.no_grad()
     def _rewards(self, latents: Tensor, captions: list[str]) -> Tensor:

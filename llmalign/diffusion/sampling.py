@@ -22,7 +22,7 @@ from llmalign.diffusion.embedded import pipeline_path
 from llmalign.diffusion.noise import row_generator
 from llmalign.diffusion.pipelines import load_pipeline
 from llmalign.errors import UserError
-from llmalign.trainers.checkpoint import RUN_FILE
+from llmalign.trainers.run_folder import RUN_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from llmalign.diffusion.samplers import build_sampler
 from llmalign.diffusion.scores import PairErrors
 from llmalign.diffusion.trainer import DiffusionPreferenceTrainer
 from llmalign.errors import UserError
+from llmalign.processes import from_all_processes
 from llmalign.trainers.validation import positive, refuse_inherited, require
 from llmalign.types import PairScores
 
@@ -107,6 +108,8 @@ class SePPOTrainer(DiffusionPreferenceTrainer):
         if key == ("eval",):
             known = list(zip(rows, inputs["caption_id"].tolist(), strict=True))
             missing = [place for place, row in enumerate(known) if row not in self._eval_samples]
+            if self.shards_weights and any(from_all_processes(bool(missing))):  # one that samples needs the others
+                missing = list(range(len(known)))
             if missing:
                 conditions = {name: value[missing] for name, value in inputs["conditions"].items()}
                 drawn = self._sample([rows[place] for place in missing], conditions, key).cpu()

@@ -282,9 +282,11 @@ def build_tiny(kind: str, seed: int = 0) -> DiffusionPipeline:
 def ensure_tiny_pipeline() -> Path:
     """The folder of `embedded:tiny` for images, the pipeline of kind `sd`, built on first use into the user's cache."""
     key = assets.content_key([Path(__file__)], torch, transformers, diffusers)
-    return assets.ensure_folder(
-        f"tiny-pipeline-{key}",
-        lambda folder: build_tiny("sd").save_pretrained(folder),
-        "the tiny pipeline",
-        "a second",
-    )
+    return assets.ensure_folder(f"tiny-pipeline-{key}", _save_tiny, "the tiny pipeline", "a second")
+
+
+def _save_tiny(folder: Path) -> None:
+    pipe = build_tiny("sd")
+    # transformers writes on rank 0 alone, and a host with a cache of its own builds on another
+    pipe.text_encoder.should_save_on_this_rank = lambda is_main_process: is_main_process
+    pipe.save_pretrained(folder)

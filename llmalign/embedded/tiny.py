@@ -111,6 +111,8 @@ def build_tiny(
         if train:
             loss = speak(model, tokenizer, sft_rows(steps * BATCH_SIZE, seed), seed=seed, progress=progress)
             logger.info("Taught the embedded model to speak in %d steps (loss %.2f nats a token).", steps, loss)
+        # transformers writes on rank 0 alone, and a host with a cache of its own builds on another
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

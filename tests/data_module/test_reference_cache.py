@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import logging
+import math
 import multiprocessing
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from llmalign.data.reference_cache import (
     ReferenceCache,
     ScoreKey,
     default_root,
+    keep_rows,
     look_up_rows,
     score_ahead,
     sequence_keys,
@@ -346,6 +349,31 @@ def test_ranks_share_the_work(tmp_path: Path, world: int, count: int, even: bool
     assert {report.computed for report in reports} == {2 * count}
     assert max(calls) - min(calls) <= (0 if even else 1)
     found = ReferenceCache(tmp_path, KEY).lookup(groups_of(rows))
+    np.testing.assert_array_equal(found, truth(groups_of(rows)).numpy())
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_a_fault_of_one_rank_is_told_to_all_and_no_sharded_rank_stops_scoring(tmp_path: Path, even: bool) -> None:
+    rows, told, calls = some_rows(40), [], [0, 0]
+    for rank in range(2):
+
+        def score(groups: PromptGroups, rank: int = rank) -> torch.Tensor:
+            calls[rank] += 1
+            return truth(groups) * (math.nan if rank == 1 and calls[1] == 2 else 1)
+
+        options = {"rank": rank, "world": 2, "agree": lambda jobs: jobs, "even": even, "together": told.append}
+        fill(ReferenceCache(tmp_path / str(rank), KEY), rows, score, **options)
+    assert told[0] is None and re.match(r"Row \d+: the frozen model gives a completion the log-prob nan", told[1])
+    assert calls[1] == (calls[0] if even else 2) and calls[0] > 4
+    first = np.isfinite(ReferenceCache(tmp_path / "1", KEY).lookup(groups_of(rows)))
+    assert 0 < first.sum() <= 12, "what was scored before the fault is kept"
+
+
+def test_what_another_cache_held_is_kept_too(tmp_path: Path) -> None:
+    rows = some_rows(2500)
+    cache = filled(tmp_path / "own", rows[:1500])
+    keep_rows(cache, rows, groups_of, truth(groups_of(rows)).numpy())
+    found = ReferenceCache(tmp_path / "own", KEY).lookup(groups_of(rows))
     np.testing.assert_array_equal(found, truth(groups_of(rows)).numpy())
 
 

@@ -63,7 +63,7 @@ def trained(kind: str, adapted: bool, folder: Path) -> None:
     assert run.accelerator.num_processes == world, "the processes do not know each other"
     for model in (run.model, run.reference):  # roundings, of which Adam makes much, are none then
         if model is not None:
-            model.double().dtype = torch.float64
+            model.double()
     run.train()
     assert type(run.model_wrapped).__name__ == ("DistributedDataParallel" if world > 1 else "Denoiser")
     measured = run.evaluate()

@@ -2,20 +2,16 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from tests.invariants.launching import NEEDS_DEEPSPEED
+from tests.invariants.launching import NEEDS_DEEPSPEED, ROOT, environment
 from tests.trainers import tiny
-
-ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import json, os, sys
@@ -53,9 +49,8 @@ end_processes(together=True)
 def launch(folder, start, wrapper, methods, launcher=()):
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, *launcher, str(script), start, str(folder / wrapper), wrapper, json.dumps(methods)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder / wrapper
 
@@ -70,10 +65,11 @@ def weights_of(folder):
 @pytest.mark.parametrize(
     ("wrapper", "launcher", "methods"),
     [
-        (
+        pytest.param(
             "DistributedDataParallel",
             ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
             ["pf_ppo", "pf_ppo-model"],
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             "DeepSpeedEngine",

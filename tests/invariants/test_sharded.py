@@ -4,20 +4,17 @@ Plain gradient descent: Adam would blow a difference of 1e-9 between two tiny gr
 """
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.invariants.launching import NEEDS_DEEPSPEED
+from tests.invariants.launching import NEEDS_DEEPSPEED, ROOT, environment
 from tests.trainers import tiny
 
-ROOT = Path(__file__).parents[2]
 FLY = {"precompute_ref_log_probs": False}
 #: what is trained -> the layouts and sources of the reference that must not matter to it
 RUNS = {
@@ -87,9 +84,8 @@ def launch(folder, start, wrapper, runs, launcher):
     script = folder / "script.py"
     script.write_text(SCRIPT)
     out = folder / wrapper
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, *launcher, str(script), start, str(out), wrapper, json.dumps(runs)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return out, json.loads((out / "results.json").read_text())
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from llmalign.cli import main
 from llmalign.diffusion.denoiser import LORA_FILE
-from llmalign.trainers.checkpoint import RUN_FILE
+from llmalign.trainers.run_folder import RUN_FILE
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 HELD_OUT = '{heldout: {path: "sample:image_pairs", where: {split: test}, max_rows: 4}}'
@@ -32,7 +32,7 @@ CASES = {
 }
 
 
-SLOW = ("d3po-full", "pso")
+SLOW = ("d3po-full", "pso", "seppo", "diffusion_dpo", "pso_offline")
 
 
 @pytest.mark.parametrize(
