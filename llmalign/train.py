@@ -18,13 +18,20 @@ from llmalign.errors import UserError
 from llmalign.evaluation.panels import IMAGE_PANELS, PANELS, SAMPLED_PANELS
 from llmalign.evaluation.winrate import wilson
 from llmalign.image_work import image_work
+from llmalign.launched import check_world, watch_wrapper
 from llmalign.prepare import Data, end_ids, prepare
+from llmalign.processes import require_same, require_shared
 from llmalign.recipe import Recipe, limit_keys
+from llmalign.refusals import refusals
 from llmalign.rewards.functions import guard, load_function
 from llmalign.rewards.model import load_reward_model
-from llmalign.trainers.checkpoint import HARMLESS_KEYS, RUN_FILE, guard_output_dir, record_run, resolve_resume
+from llmalign.sigterm import Preempted
 from llmalign.trainers.loading import check_model_options, choose_dtype, load_tokenizer, model_arguments
+from llmalign.trainers.manifest import write_model_manifest
 from llmalign.trainers.references import References
+from llmalign.trainers.resuming import resolve_resume
+from llmalign.trainers.run_folder import HARMLESS_KEYS, RUN_FILE, guard_output_dir, record_run
+from llmalign.trainers.running_out import Resources, require_writable
 from llmalign.work import Work, built
 
 logger = logging.getLogger(__name__)
@@ -53,8 +60,18 @@ def run(
     that a fresh run whose first batch scores otherwise is stopped. Raises UserError, with nothing written, for a
     recipe, a model or data that cannot be trained on.
     """
-    started = time.perf_counter()
     config = recipe.training_config()
+    any_split = recipe.method.kind != "prompts"  # which are sampled from by each process for itself
+    with Resources(config, peft=bool(recipe.model.get("use_peft")), any_split=any_split) as resources:
+        return _run(recipe, config, resources, resume, rows, starts_equal=starts_equal)
+
+
+def _run(
+    recipe: Recipe, config: Any, resources: Resources, resume: str | None, rows: Dataset | None, *, starts_equal: bool
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    check_world(config)
+    require_shared(Path(config.output_dir))
     refuse_endless(recipe, config)
     options = recipe.model_config()
     if not recipe.method.of_images:  # which know none of those options, and say so
@@ -62,7 +79,9 @@ def run(
     options = choose_dtype(options, chosen="dtype" in recipe.model, bf16=config.bf16)
     fingerprint = what_decides_the_result(recipe, config, options)
     harmless = HARMLESS_KEYS.union(limit_keys())
-    guard_output_dir(config.output_dir, resume, fingerprint, harmless | {TRAIN_ROWS})
+    any_split = resources.any_split
+    guard_output_dir(config.output_dir, resume, fingerprint, harmless | {TRAIN_ROWS}, any_split=any_split)
+    require_writable(config.output_dir)
     checkpoint = resolve_resume(resume, config.output_dir)
     if recipe.method.of_images:
         work = image_work(recipe, config, options)
@@ -70,7 +89,8 @@ def run(
         work = text_work(recipe, config, options, rows)
     data = work.data
     fingerprint[TRAIN_ROWS] = data.train_digest()
-    guard_output_dir(config.output_dir, resume, fingerprint, harmless)
+    require_same(fingerprint[TRAIN_ROWS], "training rows")
+    guard_output_dir(config.output_dir, resume, fingerprint, harmless, any_split=any_split)
     finished = Path(config.output_dir) / METRICS_FILE
     if resume is not None and finished.is_file():
         logger.info("%s is there, so this run is finished already: nothing to do.", finished)
@@ -79,10 +99,12 @@ def run(
         _plan_evaluation(config, data, checkpoint)
     trainer = work.build()
     _say_what_runs(recipe, trainer)
+    watch_wrapper(trainer)
+    resources.expect(trainer)
     if starts_equal:
         trainer.start_may_differ = None
     record_run(config.output_dir, fingerprint)
-    trained = _train(trainer, checkpoint)
+    trained = _train(recipe, trainer, checkpoint)
     if data.evaluation is not None and not _measured_at_the_end(trainer):
         trainer.evaluate()
     trainer.save_model(config.output_dir)
@@ -95,8 +117,11 @@ def run(
     if work.next is not None:
         result["next"] = work.next
     if trainer.is_world_process_zero():
-        _draw(recipe, trainer.state.log_history, data.evaluation, Path(config.output_dir) / CURVES_FILE)
-        _write_json(Path(config.output_dir) / METRICS_FILE, result)  # last: where it is, the run is finished
+        folder = Path(config.output_dir)
+        _draw(recipe, trainer.state.log_history, data.evaluation, folder / CURVES_FILE)
+        if rows is None:  # a stage of `iterate` writes its own
+            write_model_manifest(folder, step=trainer.state.global_step, processes=config.world_size)
+        _write_json(folder / METRICS_FILE, result)  # last: where it is, the run is finished
     return result
 
 
@@ -115,12 +140,17 @@ def _result(recipe: Recipe, config: Any, trainer: Any, data: Data) -> dict[str, 
     }
 
 
-def _train(trainer: Any, checkpoint: str | None) -> Any:
+def _train(recipe: Recipe, trainer: Any, checkpoint: str | None) -> Any:
     """Train; a run that is refused at its first step leaves no trace that would refuse the corrected one."""
+
+    def is_begun() -> bool:
+        return trainer.state.global_step > 0
+
     try:
-        return trainer.train(resume_from_checkpoint=checkpoint)
-    except UserError:
-        if trainer.state.global_step == 0 and trainer.is_world_process_zero():
+        with refusals(recipe.blame, "training could not begin", unless=is_begun):
+            return trainer.train(resume_from_checkpoint=checkpoint)
+    except (UserError, Preempted):
+        if trainer.state.global_step == 0 and checkpoint is None and trainer.is_world_process_zero():
             (Path(trainer.args.output_dir) / RUN_FILE).unlink()
         raise
 

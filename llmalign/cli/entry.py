@@ -19,19 +19,26 @@ from llmalign.cli import (
     iterate,
     judge,
     pairs,
+    plan,
     quickstart,
     report,
     rewards,
     sampling,
     training,
+    verify,
     winrate,
 )
-from llmalign.cli.common import USAGE_ERROR, is_main_process
-from llmalign.errors import UserError
+from llmalign.cli.common import USAGE_ERROR, is_main_process, leave_for_launcher
+from llmalign.cli.going_on import farewell
+from llmalign.errors import OneProcessError, UserError
+from llmalign.secrets import Redacting, redacted
+from llmalign.sigterm import Preempted
 
 FAMILIES = (
     training,
+    plan,
     iterate,
+    verify,
     data,
     pairs,
     rewards,
@@ -57,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"quickstart does not know {' '.join(rest)}")
     _set_up_logging()
     try:
-        return _run_launched(options, rest) if "RANK" in os.environ else _run(options, rest)
+        return (_run_launched if "RANK" in os.environ else _run)(options, rest, arguments)
     except KeyboardInterrupt:
         if is_main_process():
             again = {"train": "--resume auto", "sample": "--overwrite"}.get(options.command, "the same command")
@@ -65,22 +72,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(options: argparse.Namespace, rest: list[str]) -> int:
+def _run(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
     """The command's status; what it raised is forgotten on return, and with it the trainer that its frames held."""
     try:
         return options.run(options, rest)
     except UserError as error:
-        if is_main_process():
-            print(f"llmalign: {error}", file=sys.stderr)
+        sentence = f"llmalign: {redacted(str(error))}"
+        if is_main_process() or isinstance(error, OneProcessError):
+            print(sentence, file=sys.stderr)
+        if not is_main_process():
+            leave_for_launcher(sentence)
         return USAGE_ERROR
+    except Preempted as stop:
+        if is_main_process():
+            print(farewell(stop, arguments), file=sys.stderr)
+        return 0
 
 
-def _run_launched(options: argparse.Namespace, rest: list[str]) -> int:
+def _run_launched(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
     """The same as one of the processes of a launcher. An interrupt leaves at once: the others may be mid-exchange."""
     from llmalign.processes import end_processes, load_group_users
 
     load_group_users()
-    status = _run(options, rest)
+    status = _run(options, rest, arguments)
     end_processes(together=status == 0)
     return status
 
@@ -100,6 +114,9 @@ def _set_up_logging() -> None:
     """Plain sentences on stderr from the main process, errors alone from the others."""
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(one, Redacting) for one in handler.filters):
+            handler.addFilter(Redacting())
     logging.getLogger("llmalign").setLevel(level)
     # The doctor counts long rows itself, and says what happens to them.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "losses", "scores", "trainers", "diffusion", "data", "rewards", "evaluation", "embedded", "cli", "judges", "loop",
-    "report", "hub", "export",
+    "report", "hub", "export", "plan",
 )  # fmt: skip
 FOLDERS = ("trainers", "data", "data/samples", "accelerate_configs", "scripts", "tests")
 FILES = ("pyproject.toml", "README.md", "Makefile", "constraints.txt", "LICENSE", ".ci/run")

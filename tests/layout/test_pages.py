@@ -14,6 +14,7 @@ PAGES = sorted(
     for path in (
         ROOT / "README.md",
         ROOT / "EVALUATION.md",
+        ROOT / "RELIABILITY.md",
         *ROOT.glob("trainers/**/*.md"),
         *ROOT.glob("data/*.md"),
         *ROOT.glob("accelerate_configs/*.md"),

@@ -111,6 +111,7 @@ def test_no_gpu_is_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("There is no GPU here")
 
 
+@pytest.mark.slow
 def test_a_case_runs_in_fresh_processes_and_is_written(tmp_path, capsys):
     out, details = tmp_path / "made" / "bench.json", tmp_path / "details.json"
     arguments = ["--quick", "--case", "512-128", "--rounds", "1", "--steps", "1"]
