@@ -18,7 +18,7 @@ from llmalign.image_work import image_work
 from llmalign.plan.facts import Target, precision
 from llmalign.plan.memory import optimizer_state
 from llmalign.plan.outline import Weights
-from llmalign.plan.sharding import Device, Held, spread
+from llmalign.plan.sharding import SHARDED, Device, Held, spread
 from llmalign.plan.text import SAMPLING, STEPPING, TRAINING
 from llmalign.plan.trace import LOSS, REFERENCE, Ledger, Peak, largest, traced, weightless, without_numbers
 from llmalign.recipe import Recipe
@@ -93,7 +93,8 @@ class ImagePlan:
         """The worst moment on one device, and its name."""
         devices, cuda = self.target.devices, self.target.cuda
         held = self.held()
-        peak = self.train(size, checkpointing=checkpointing, gradients=accumulation > 1)
+        engine = config in SHARDED and self.bf16
+        peak = self.train(size, checkpointing=checkpointing, gradients=accumulation > 1, engine=engine)
         found = {TRAINING: spread(config, devices, held, peak, cuda=cuda)}
         gradients = Peak(gradients=self.weights.trained_bytes)
         found[STEPPING] = spread(config, devices, held, gradients, cuda=cuda)
@@ -109,8 +110,8 @@ class ImagePlan:
         name = max(found, key=lambda each: found[each].total)
         return found[name], name
 
-    def train(self, size: int, *, checkpointing: bool, gradients: bool) -> Peak:
-        """Of a training pass over `size` rows, two pictures each."""
+    def train(self, size: int, *, checkpointing: bool, gradients: bool, engine: bool = False) -> Peak:
+        """Of a training pass over `size` rows, two pictures each; `engine`: its weights are in bfloat16."""
         rows = 2 * size
         scale = self.config.guidance_scale if self.online else 1.0
         frozen = not (self.online and self.config.reference == PREVIOUS)
@@ -121,7 +122,7 @@ class ImagePlan:
             target, times = torch.zeros_like(noisy), torch.zeros(rows, dtype=torch.long)
 
             def forward() -> torch.Tensor:
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and not engine):
                     prediction = guided(denoiser, empty, scale)(noisy, times, conditions)
                 return denoising_errors(prediction, target)
 
@@ -139,7 +140,7 @@ class ImagePlan:
 
             return step
 
-        return self._traced(("train", size, checkpointing, gradients), make, checkpointing, gradients)
+        return self._traced(("train", size, checkpointing, gradients, engine), make, checkpointing, gradients, engine)
 
     def draw(self) -> Peak:
         """Of drawing `sampling_batch_size` pictures, and of decoding `encode_batch_size` of them."""
@@ -178,10 +179,16 @@ class ImagePlan:
         return self._traced(("encode",), make, False, False)
 
     def _traced(
-        self, key: Any, make: Callable[[Any], Callable[[Ledger], None]], checkpointing: bool, gradients: bool
+        self,
+        key: Any,
+        make: Callable[[Any], Callable[[Ledger], None]],
+        checkpointing: bool,
+        gradients: bool,
+        engine: bool = False,
     ) -> Peak:
         if key not in self._known:
-            denoiser: nn.Module = self.outline.denoiser(self.lora)
+            outline = replace(self.outline, dtype=torch.bfloat16) if engine else self.outline
+            denoiser: nn.Module = outline.denoiser(self.lora)
             if checkpointing:
                 denoiser.activation_checkpointing_enable()  # type: ignore[operator]
             with without_numbers():

@@ -43,7 +43,7 @@ def launch(config, cells, out):
     return json.loads((out / "results.json").read_text())
 
 
-def check(cell, found, folder, one_process):
+def check(cell, config, found, folder, one_process):
     alone, alone_folder = one_process(cell)
     assert len(found["steps"]) == len(alone["steps"]) == image_cells.SHARED["max_steps"]
     for (loss, norm), (own_loss, own_norm) in zip(alone["steps"], found["steps"], strict=True):
@@ -52,7 +52,9 @@ def check(cell, found, folder, one_process):
     assert found["eval"].keys() == alone["eval"].keys()
     for key, value in alone["eval"].items():  # a picture's reward is a mean of whole numbers
         assert found["eval"][key] == pytest.approx(value, rel=1e-4, abs=1e-4), (cell, key)
-    assert found["resumed_equal"], f"{cell}: the resumed run ends elsewhere"
+    # DeepSpeed's Adam on the CPU multiplies its bias corrections up step by step, and resumed it takes them as powers.
+    rounding = 1e-6 if "offload" in config else 0.0
+    assert found["resumed_apart"] <= rounding, f"{cell}: the resumed run ends elsewhere"
     for one, two in zip(image_cells.weights(alone_folder), image_cells.weights(folder), strict=True):
         expected, own = load_file(one), load_file(two)
         assert own.keys() == expected.keys()
@@ -90,8 +92,8 @@ CELLS = [
 
 @pytest.mark.parametrize(("config", "cells"), CELLS)
 def test_two_processes_equal_one(config, cells, one_process, tmp_path):
-    assert all(cells_of == matrix.SAME for row in matrix_images.ROWS.values() for cells_of in row.values())
+    assert all(matrix_images.ROWS[matrix_images.TRAINERS[cell]][config] == matrix_images.SAME for cell in cells)
     found = launch(config, list(cells), tmp_path / config)
     assert set(found) == set(cells)
     for cell in cells:
-        check(cell, found[cell], tmp_path / config / cell / "out", one_process)
+        check(cell, config, found[cell], tmp_path / config / cell / "out", one_process)

@@ -61,7 +61,8 @@ MAY_IMPORT = {
         "work",
     },
     "verify": LEAVES | {"hub", "trainers"},
-    "plan": LEAVES | {"scores", "data", "recipe", "prepare", "image_work", "refusals", "train", "trainers", "diffusion"},
+    "plan": LEAVES
+    | {"scores", "data", "recipe", "prepare", "image_work", "refusals", "train", "trainers", "diffusion"},
     "fill": LEAVES | {"data", "prepare", "recipe", "train", "trainers"},
     "loop": LEAVES | LIBRARY | {"assets", "evaluation", "prepare", "recipe", "train", "trainers"},
     "sweep": LEAVES | {"evaluation", "recipe", "train", "trainers"},

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -159,3 +160,40 @@ def test_calibration_runs_real_steps(folder: Path) -> None:
     assert found is not None and found.typical > 0 and found.longest is not None
     assert made.seconds == pytest.approx(9 * (found.typical + found.optimizer))
     assert not (folder / "run").exists() and not (folder / "cache").exists()
+
+
+@pytest.mark.slow
+def test_stable_diffusion_from_configs_alone(tmp_path: Path) -> None:
+    """The released UNet has 859,520,964 numbers; AdamW on all of them, beside a frozen copy, takes 20 bytes a number."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            sample_size=512,
+        )
+    assert sum(weight.numel() for weight in unet.parameters()) == 859_520_964
+    unet.save_config(tmp_path / "sd" / "unet")
+    vae.save_config(tmp_path / "sd" / "vae")
+    DDIMScheduler().save_config(tmp_path / "sd" / "scheduler")
+    CLIPTextConfig().save_pretrained(tmp_path / "sd" / "text_encoder")
+    parts = {
+        "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+    }  # fmt: skip
+    (tmp_path / "sd" / "model_index.json").write_text(json.dumps(parts))
+    (tmp_path / "r.yaml").write_text(
+        f"method: diffusion_dpo\nmodel_name_or_path: {tmp_path / 'sd'}\ndataset_name: never-read\n"
+        "per_device_train_batch_size: 1\ngradient_accumulation_steps: 2\nuse_cpu: true\nresolution: 256\n"
+    )
+    made = plan(load_recipe(tmp_path / "r.yaml"), Target(), rows=20, calibrate=False)
+    states = sum(made.device.parts[name] for name in ("weights", "gradients", "optimizer", "reference"))
+    assert states == 20 * 859_520_964
