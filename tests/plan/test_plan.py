@@ -164,7 +164,7 @@ def test_calibration_runs_real_steps(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_stable_diffusion_from_configs_alone(tmp_path: Path) -> None:
-    """The released UNet has 859,520,964 numbers; AdamW on all of them, beside a frozen copy, takes 20 bytes a number."""
+    """The released UNet has 859,520,964 numbers; AdamW on all, beside a frozen copy, takes 20 bytes a number."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig
 
