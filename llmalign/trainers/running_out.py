@@ -110,8 +110,9 @@ class Resources(contextlib.AbstractContextManager["Resources"]):
 
     def _memory(self, found: Shortage, running: set[str]) -> str:
         helps = advice(self.args, peft=self.peft, running=running, any_split=self.any_split)
-        step = f" in step {self._trainer.state.global_step + 1}" if self._trainer is not None else ""
-        parts = [f"Memory ran out{step} ({found.reason})."]
+        done = self._trainer.state.global_step if self._trainer is not None else 0
+        when = f"after step {done}" if done else "before the first step was done"
+        parts = [f"Memory ran out {when} ({found.reason})."]
         if helps.same:
             either = "either" if len(helps.same) > 1 else "it"
             parts.append(f"Set {' or '.join(helps.same)}: {where_to_go_on(self.args.output_dir)} with {either}.")
@@ -128,7 +129,7 @@ class Resources(contextlib.AbstractContextManager["Resources"]):
         inside = Path(place).absolute().is_relative_to(output.absolute())
         way_out = self._other_folder(Path(place))
         if inside:
-            way_out = self._less_to_save() if found.kind == FULL else "give another output_dir"
+            way_out = "give another output_dir" if found.kind == FORBIDDEN else self._less_to_save()
         goes_on = where_to_go_on(self.args.output_dir)
         goes_on = f" {goes_on[0].upper()}{goes_on[1:]}."
         if found.kind == FULL:
@@ -139,7 +140,11 @@ class Resources(contextlib.AbstractContextManager["Resources"]):
             return (
                 f"No room is left to write {place} ({found.reason}; {left}): make room, or {way_out}.{removed}{goes_on}"
             )
-        mend = "see to its owner, its rights and how it is mounted" if found.kind == FORBIDDEN else "see to the disk"
+        mend = (
+            "see to its owner, its rights and how it is mounted"
+            if found.kind == FORBIDDEN
+            else "see to the disk and its quota"
+        )
         return f"{place} cannot be written ({found.reason}): {mend}, or {way_out}.{removed}{goes_on}"
 
     def _less_to_save(self) -> str:

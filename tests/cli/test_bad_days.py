@@ -142,7 +142,7 @@ def test_disks_that_fill_up_and_go_read_only(tmp_path):
 def test_a_process_that_may_have_no_more_memory(tmp_path, launcher):
     """Of two processes only the second; the first, which waits for it, is ended by the launcher."""
     done = script(tmp_path, SHORT_OF_MEMORY, tmp_path / "run", 3, 0, launcher=launcher)
-    said = [line for line in done.stderr.splitlines() if line.startswith("llmalign: Memory ran out in step 3 (")]
+    said = [line for line in done.stderr.splitlines() if line.startswith("llmalign: Memory ran out after step 2 (")]
     assert done.returncode == (1 if launcher else 2) and len(said) == 1, done.stderr[-4000:]
     assert "activation_checkpointing: true" in said[0] and "--resume auto goes on from checkpoint-2" in said[0]
     assert find_resumable(tmp_path / "run", 2 if launcher else 1)[0] == tmp_path / "run" / "checkpoint-2"

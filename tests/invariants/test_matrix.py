@@ -65,7 +65,10 @@ def check(name, config, found, folder, one_process):
             assert two[key] == pytest.approx(one[key], rel=0, abs=limit), (name, config, key)
             compared += key.endswith("loss")
     assert compared >= matrix_run.COMMON["max_steps"]
-    assert found.get("resumed") == (True if name in matrix_run.RESUMED else None), "resumed weights are others"
+    if name in matrix_run.RESUMED:
+        # DeepSpeed's Adam on the CPU multiplies its bias corrections up, and takes them as powers once it is resumed.
+        rounding = 1e-6 if "offload" in config else 0.0
+        assert found["resumed_apart"] <= rounding, f"{name}: the resumed run ends elsewhere"
     assert_same_weights(alone_folder, folder, name)
 
 

@@ -21,7 +21,6 @@ from llmalign import (
     RPOConfig,
     RPOTrainer,
 )
-from llmalign.data.reference_cache import Report
 from llmalign.errors import UserError
 from llmalign.scores.scoring import Scorer
 from llmalign.trainers.text_scores import short_groups
@@ -289,15 +288,6 @@ def test_rpo_draws_its_base_from_the_reference_that_was_given(start, other, tmp_
         )  # fmt: skip
         drawn.append(trainer.train_dataset["base_ids"][:])
     assert drawn[0] == drawn[1]
-
-
-def test_processes_that_do_not_share_the_cache_are_told(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmalign.trainers.references.score_ahead", lambda *args, **options: Report(0, 0, 0.0))
-    with pytest.raises(UserError, match="reference_cache_dir to a folder that all processes share"):
-        build(
-            PairTrainer, PairConfig, start, tmp_path, precompute_ref_log_probs=True,
-            reference_cache_dir=str(tmp_path / "own"),
-        )  # fmt: skip
 
 
 def test_a_streamed_evaluation_set_beside_a_loaded_training_set(start, tmp_path):
