@@ -40,6 +40,7 @@ class ImagePlan:
     options: ModelConfig
     rows: int
     notes: list[str] = field(default_factory=list)
+    partial = False
     _known: dict[Any, Peak] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

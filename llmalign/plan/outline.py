@@ -28,6 +28,7 @@ FOUR_BIT = 0.5 + 4 / 64
 FOUR_BIT_TWICE = 0.5 + 1 / 64 + 4 / (64 * 256)  # the scales quantized again
 EIGHT_BIT = 1.0
 NEVER_QUANTIZED = ("lm_head", "lora_", "score")
+PLAIN = ("eager", "sdpa")
 ADAPTER_FILE = "adapter_config.json"
 
 
@@ -150,21 +151,24 @@ def text_outline(path: str, options: ModelConfig, *, bf16: bool, scorer: bool, t
     refuse_vision(config)
     if scorer:
         config.num_labels = 1
-    config._attn_implementation = options.attn_implementation or "sdpa"
     quantized = None
     if options.load_in_4bit:
         quantized = FOUR_BIT_TWICE if options.use_bnb_nested_quant else FOUR_BIT
     elif options.load_in_8bit:
         quantized = EIGHT_BIT
-    return TextOutline(
+    outline = TextOutline(
         name=path,
         config=config,
         dtype=_dtype(options.dtype, config, bf16=bf16, frozen=adapter is not None),
-        adapter=adapter,
         quantized=quantized,
         scorer=scorer,
         trust_remote_code=trust_remote_code,
     )
+    # A fused kernel that is not installed here holds as much as PyTorch's own; left open, the architecture decides.
+    asked = options.attn_implementation
+    config._attn_implementation = asked if asked in (None, *PLAIN) else "sdpa"
+    config._attn_implementation = outline.build(outline.period).config._attn_implementation
+    return replace(outline, adapter=adapter)
 
 
 def _dtype(named: str | None, config: PretrainedConfig, *, bf16: bool, frozen: bool) -> torch.dtype:

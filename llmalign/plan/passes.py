@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from llmalign.errors import UserError
 from llmalign.plan.outline import TextOutline, checkpointed, decoder_layers
@@ -79,10 +78,10 @@ class Passes:
         if key not in self._known:
             try:
                 self._known[key] = self._traced(what)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            except (RuntimeError, NotImplementedError) as error:  # of an operation that needs numbers
+                first = str(error).strip().split("\n")[0][:200].rstrip(".")
                 raise UserError(
-                    f"the activations of {self.outline.config.model_type} cannot be told without numbers: what it "
-                    "computes depends on them (a mixture of experts)"
+                    f"a pass of {self.outline.config.model_type} cannot be told without numbers ({first})"
                 ) from error
         return self._known[key]
 

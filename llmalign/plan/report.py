@@ -6,7 +6,6 @@ from rich.table import Table
 
 from llmalign.plan.memory import GB
 from llmalign.plan.run import Plan
-from llmalign.plan.suggest import usable
 from llmalign.plan.timing import readable
 
 
@@ -105,7 +104,7 @@ def _configs(plan: Plan) -> Table:
         rest = device.total - sum(main) - frozen - passes
         row = [name, *(size(count) for count in (*main, frozen, passes, rest)), size(device.total)]
         if memory is not None:
-            row.append("yes" if device.total <= usable(memory) else "no")
+            row.append({True: "yes", False: "no", None: "unknown"}[plan.fits(device)])
         if device.host:
             row[0] += f" (+ {size(device.host)} of the host's)"
         table.add_row(*row)

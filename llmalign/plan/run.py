@@ -44,6 +44,7 @@ class Plan:
     moment: str
     table: dict[str, tuple[Device, str]]
     counts: Counts | None = None
+    partial: bool = False  # sums lack what could not be told, so that nothing is known to fit
     choice: Choice | None = None
     command: str | None = None
     ways_out: list[str] = field(default_factory=list)
@@ -53,6 +54,13 @@ class Plan:
     machine: Machine | None = None
     doctor: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def fits(self, device: Device) -> bool | None:
+        """Whether a device's memory holds this; None where that is not known."""
+        memory = self.target.memory
+        if memory is None or (self.partial and device.total <= usable(memory)):
+            return None
+        return device.total <= usable(memory)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON takes it."""
@@ -82,7 +90,7 @@ class Plan:
                     "parts": device.parts,
                     "total": device.total,
                     "host": device.host,
-                    "fits": None if memory is None else device.total <= usable(memory),
+                    "fits": self.fits(device),
                 }
                 for name, (device, moment) in self.table.items()
             },
@@ -291,7 +299,8 @@ def _image(engine: Any) -> Plan:
 def _suggest(made: Plan, engine: Any, recipe: Recipe, given: Iterable[str]) -> None:
     """What fits, and the line that runs it; where nothing does, what would."""
     memory = made.target.memory
-    if memory is None:
+    made.partial = engine.partial
+    if memory is None or made.partial:
         return
 
     def measure(config: str, size: int, accumulation: int, checkpointing: bool) -> tuple[Device, str]:

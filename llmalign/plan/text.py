@@ -28,6 +28,7 @@ class TextPlan:
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
+        self.partial = False  # whether sums lack passes that could not be told
         config = facts.config
         self.step = STEP_OF.get(facts.method, OURS)
         self.passes = Passes(
@@ -145,7 +146,7 @@ class TextPlan:
         """Of a training pass over the longest micro-batch."""
         facts = self.facts
         engine = config in SHARDED and facts.bf16
-        peak = self.passes.peak(
+        peak = self._told(
             Pass(
                 self.batch(size),
                 kind=self.layout,
@@ -160,6 +161,17 @@ class TextPlan:
             peak = replace(peak, activations=2 * peak.activations)
         return self._on_device(peak, self.batch(size))
 
+    def _told(self, what: Pass) -> Peak:
+        """A pass's peak; where it cannot be told, that is noted, and sums are what is held at least."""
+        try:
+            return self.passes.peak(what)
+        except UserError as error:
+            self.partial = True
+            note = f"not modelled: activations and logits; {error}; every sum here is without them"
+            if note not in self.facts.notes:
+                self.facts.notes.append(note)
+            return Peak(gradients=self.facts.weights.trained_bytes if what.backward else 0.0)
+
     def _on_device(self, peak: Peak, batch: Lengths) -> Peak:
         """Chunks of a head are larger on a GPU than on the CPU where passes are traced."""
         if not self.facts.target.cuda or self.step == SCORER:
@@ -170,7 +182,7 @@ class TextPlan:
 
     def _without_gradients(self, batch: Lengths) -> Peak:
         what = Pass(batch, kind=self.layout, backward=False, bf16=self.facts.bf16)
-        return self._on_device(self.passes.peak(what), batch)
+        return self._on_device(self._told(what), batch)
 
     # -- moments --------------------------------------------------------------------------------------------------
 
@@ -228,7 +240,7 @@ class TextPlan:
         itemsize = 2 if facts.bf16 else facts.outline.dtype.itemsize
         cache = generation_cache(facts.outline.layers, kv_heads, size, itemsize, count, tokens)
         prompt = Lengths.alike(count, int(facts.lengths.prompts.max(initial=1)), [1])
-        reading = self.passes.peak(Pass(prompt, kind=PADDED, backward=False, bf16=facts.bf16))
+        reading = self._told(Pass(prompt, kind=PADDED, backward=False, bf16=facts.bf16))
         grown = cache / facts.outline.layers  # a layer's old and new cache are both there while it grows
         return {
             "sampling cache": cache + grown,

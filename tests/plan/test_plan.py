@@ -197,3 +197,15 @@ def test_stable_diffusion_from_configs_alone(tmp_path: Path) -> None:
     made = plan(load_recipe(tmp_path / "r.yaml"), Target(), rows=20, calibrate=False)
     states = sum(made.device.parts[name] for name in ("weights", "gradients", "optimizer", "reference"))
     assert states == 20 * 859_520_964
+
+
+def test_what_cannot_be_told_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mixture of experts in float32: what an expert computes depends on the numbers."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    AutoConfig.for_model("mixtral", **experts, **SHAPE).save_pretrained(tmp_path / "experts")
+    words = ["--rows", "9", "--model_name_or_path", str(tmp_path / "experts"), "--bf16", "false"]
+    made = planned(folder, *words, "--gpus", "2", "--memory", "80")
+    assert any("not modelled: activations and logits" in note for note in made["notes"])
+    assert all(config["fits"] is None for config in made["configs"].values())
+    assert made["suggestion"] is None
+    assert "unknown" in capsys.readouterr().out
