@@ -10,7 +10,7 @@ from llmalign.errors import UserError
 
 ALLOW = "LLMALIGN_ALLOW_PICKLE"
 _WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WAY_OUT = (
     f"save them as safetensors (save_pretrained does), or set the environment variable {ALLOW}=1 if you trust where "
     "they come from"
@@ -35,7 +35,7 @@ def refuse_pickles(path: str) -> None:
     folder = Path(path).expanduser()
     if pickles_allowed() or not folder.is_dir():
         return
-    wanted = _ADAPTER_WEIGHTS if (folder / "adapter_config.json").is_file() else "*.safetensors"
+    wanted = _ADAPTER_WEIGHTS if (folder / _ADAPTER_CONFIG).is_file() else "*.safetensors"
     if next(folder.glob(wanted), None) is not None:
         return
     pickles = sorted(file.name for pattern in _WEIGHTS for file in folder.glob(pattern))
@@ -45,12 +45,19 @@ def refuse_pickles(path: str) -> None:
 
 
 def require_safe_adapter(path: str, revision: str | None = None) -> None:
-    """Raise UserError where an adapter, in a folder or on the Hub, has no safetensors: PEFT would read its pickle."""
+    """Raise UserError where an adapter, in a folder or on the Hub, has no safetensors: PEFT would read its pickle.
+
+    Where there is no adapter at all, it says so.
+    """
     if pickles_allowed():
         return
+    _require(path, _ADAPTER_CONFIG, revision, f"no adapter could be loaded from {path!r}; check the path or name")
+    without = f"the adapter {path} has no {_ADAPTER_WEIGHTS}, and a pickle can run code: {_WAY_OUT}."
+    _require(path, _ADAPTER_WEIGHTS, revision, without)
+
+
+def _require(path: str, name: str, revision: str | None, otherwise: str) -> None:
     try:
-        cached_file(path, _ADAPTER_WEIGHTS, revision=revision)
+        cached_file(path, name, revision=revision)
     except OSError as error:
-        raise UserError(
-            f"the adapter {path} has no {_ADAPTER_WEIGHTS}, and a pickle can run code: {_WAY_OUT}."
-        ) from error
+        raise UserError(otherwise) from error

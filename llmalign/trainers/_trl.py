@@ -1,4 +1,4 @@
-"""The only file that touches names of TRL outside its public surface; tests/contract holds what it relies on."""
+"""With fused_head.py all that touches names of TRL outside its public surface; held by tests/contract."""
 
 import contextlib
 import copy

@@ -116,7 +116,7 @@ def rows_of(draw: st.DrawFn, kind: str) -> list[dict[str, Any]]:
     chat = draw(st.booleans())
     rows = []
     for number in range(count):
-        prompt, one, two = (f"{draw(sentences)}{number}" for _ in range(3))
+        prompt, one, two = (f"{draw(sentences)}{number}{place}" for place in "abc")
         answers = [one, two]
         if chat and kind != "groups":
             prompt = [{"role": "user", "content": prompt}]
@@ -247,7 +247,7 @@ def cases(draw: st.DrawFn, model: str) -> Case:
     named = [value for row in rows for value in row.values() if str(value).endswith(".png")]
     pictures = tuple((name, draw(damaged(png(place)))) for place, name in enumerate(named))
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 1, 2]))):
-        rows = draw(spoilt(rows)) if rows else rows
+        rows = draw(spoilt(rows)) if rows and all(rows) else rows
     suffix = draw(st.sampled_from([".jsonl", ".jsonl", ".json", ".csv"]))
     data = draw(damaged(as_file(rows, suffix)))
     values = {

@@ -101,7 +101,7 @@ def test_what_one_process_cannot_go_on_after_stops_all_of_them(tmp_path: Path) -
         "constraint": ["UserError: process 1: .*a constraint is 0 or 1"] * 2,
         "refused": ("UserError: process 1: there is no sandbox", "UserError: there is no sandbox here"),
         "memory": ("UserError: process 1: MemoryError: no more", "MemoryError: no more"),
-        "rollout": ["UserError: process 1: .*holds no rollout_1.pt"] * 2,
+        "rollout": ["UserError: .*cannot be resumed from: rollout_1.pt is missing"] * 2,
     }
     for name, words in said.items():
         for rank, expected in enumerate(words):
