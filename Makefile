@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	@if command -v uv >/dev/null && echo "installing with uv" && \
-	  uv pip install --quiet --python $(BIN)/python -c constraints.txt $(EDITABLE) '.[dev]'; then true; \
+	  uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt $(EDITABLE) '.[dev]'; then true; \
 	else echo "installing with pip" && \
 	  $(BIN)/python -m pip install --quiet -c constraints.txt $(EDITABLE) '.[dev]'; fi
 	@touch $@

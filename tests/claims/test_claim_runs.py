@@ -7,6 +7,7 @@ import pytest
 from claims import inpo_model, rdpo, run
 
 from llmalign.embedded.truth import score
+from tests.slow import all_but
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("claims")
 
 
-@pytest.mark.parametrize("name", run.CLAIMS)
+@pytest.mark.parametrize("name", all_but(["rpo", "rdpo", "image_dpo"], run.CLAIMS))
 def test_smoke(name: str, out: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> None:
     if name == "programs":
         request.getfixturevalue("some_backend")

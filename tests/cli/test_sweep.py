@@ -141,7 +141,9 @@ def test_finished_runs_of_another_recipe_are_not_taken_for_these(recipe: str, tm
         plan(recipe, ["beta=.05,.1"])
 
 
-@pytest.mark.parametrize("error", [UserError("no such luck"), RuntimeError("out of memory")])
+@pytest.mark.parametrize(
+    "error", [UserError("no such luck"), pytest.param(RuntimeError("out of memory"), marks=pytest.mark.slow)]
+)
 def test_a_run_that_fails_is_reported_and_the_others_run(
     recipe: str,
     tmp_path: Path,

@@ -27,9 +27,10 @@ def examined(raw, prepared, tokenizer, max_length, kind="pairs"):
     return examine(raw, prepared, tokenizer, kind=kind, max_length=max_length, eos_ids=[tokenizer.eos_token_id])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "split, rows, fitting",
-    [("test", 1680, 372), pytest.param("train", 11200, 2393, marks=pytest.mark.slow)],
+    [("test", 1680, 372), ("train", 11200, 2393)],
 )
 def test_alpaca_pairs_at_512_are_refused_and_those_that_fit_are_kept(shared, stories, split, rows, fitting):
     raw = load({"path": preference(shared, "alpaca_eval_pairs"), "where": {"split": split}}, kind="pairs")

@@ -94,6 +94,7 @@ assert not torch.equal(with_lora, draw({pipeline!r}))
 """
 
 
+@pytest.mark.slow
 def test_an_adapter_on_its_base(hub: LocalHub, drive: Drive, trained: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "lora")
     names = {"base": str(trained), "folder": folder}
@@ -131,6 +132,7 @@ def test_what_changed_is_sent_and_what_is_gone_is_deleted(hub: LocalHub, drive: 
     assert len(large) == 1
 
 
+@pytest.mark.slow
 def test_cut_off_and_gone_on(hub: LocalHub, drive: Drive, trained: Path) -> None:
     weights = hashlib.sha256((trained / "model.safetensors").read_bytes()).hexdigest()
     tokenizer = hashlib.sha256((trained / "tokenizer.json").read_bytes()).hexdigest()

@@ -45,9 +45,8 @@ REFUSED = {
     ("pf_ppo_model", "fsdp2"): UNSHARDED,
     ("pf_ppo", "fsdp2"): UNSHARDED,
 }
-#: one launch each in the quick suite, of trainers that differ in what they ask of a wrapper; DDP has test_sharded.py,
-#: test_ranks.py and test_sampled_ranks.py
-QUICK = {"zero2": ("sft", "pf_ppo"), "zero3": ("rpo_lora", "copg", "mdpo"), "fsdp2": ("inpo",)}
+#: one launch each in the quick suite, of trainers that differ in what they ask of a wrapper; DDP has test_commands.py
+QUICK = {"zero3": ("rpo_lora", "mdpo"), "fsdp2": ("inpo",)}
 
 
 def expected(trainer: str, config: str) -> str:

@@ -14,7 +14,5 @@ TRAINERS = {
     "pso-lora": "pso, LoRA",
     "pso-whole": "pso",
 }
-#: one launch in the quick suite
-QUICK = {"zero3": ("diffusion_dpo-lora",)}
 #: trainer -> configuration -> "same", or why not
 ROWS: dict[str, dict[str, str]] = {label: dict.fromkeys(CONFIGS, SAME) for label in TRAINERS.values()}

@@ -173,7 +173,8 @@ def resumed(pipe: Any, folder: Path) -> None:
     run.save_model()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 12])
 def test_a_killed_run_ends_at_the_same_weights(kills, tmp_path):
     pipe = build_tiny("sd")
     begun = time.perf_counter()

@@ -79,21 +79,13 @@ def assert_diffusers_reads(folder, *, adapted):
     assert all(torch.equal(w, saved[f"unet.{n.replace('.default_0', '')}"]) for n, w in held.items())
 
 
-CELLS = [
-    pytest.param(
-        config, cells,
-        marks=[*([] if quick else [pytest.mark.slow]), *([WITH_DEEPSPEED] if "zero" in config else [])],
-        id=f"{config}-{'quick' if quick else 'all'}",
-    )
-    for quick, launches in ((True, matrix_images.QUICK), (False, dict.fromkeys(WRAPPERS, matrix_images.TRAINERS)))
-    for config, cells in launches.items()
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("config", "cells"), CELLS)
-def test_two_processes_equal_one(config, cells, one_process, tmp_path):
-    assert all(matrix_images.ROWS[matrix_images.TRAINERS[cell]][config] == matrix_images.SAME for cell in cells)
-    found = launch(config, list(cells), tmp_path / config)
-    assert set(found) == set(cells)
-    for cell in cells:
+@pytest.mark.slow  # test_image_ranks.py has a quick one, under DDP
+@pytest.mark.parametrize(
+    "config", [pytest.param(name, marks=[WITH_DEEPSPEED] if "zero" in name else []) for name in WRAPPERS]
+)
+def test_two_processes_equal_one(config, one_process, tmp_path):
+    assert all(row[config] == matrix_images.SAME for row in matrix_images.ROWS.values())
+    found = launch(config, list(matrix_images.TRAINERS), tmp_path / config)
+    assert set(found) == set(matrix_images.TRAINERS)
+    for cell in found:
         check(cell, config, found[cell], tmp_path / config / cell / "out", one_process)

@@ -69,7 +69,8 @@ def launch(folder: Path, processes: int, *arguments: str) -> dict:
     return json.loads((out / "measured.json").read_text()) | {"weights": load_file(out / "model.safetensors")}
 
 
-@pytest.mark.parametrize("method", ["rpo", pytest.param("copg", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rpo", "copg"])
 def test_two_processes_equal_one(tmp_path, method):
     start, reference = tiny.save(tmp_path / "start", seed=0), tiny.save(tmp_path / "reference", seed=1)
     one, two = (launch(tmp_path, processes, start, reference, method) for processes in (1, 2))

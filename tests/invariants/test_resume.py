@@ -107,9 +107,8 @@ def losses(output_dir: Path) -> list[tuple[int, float]]:
     return [(entry["step"], entry[key]) for entry in history for key in ("loss", "eval_held_out_loss") if key in entry]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.slow  # test_kills.py has quick ones
+@pytest.mark.parametrize("name", CASES)
 def test_killed_and_resumed_it_ends_at_the_same_bytes(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     recipes = [write_recipe(tmp_path, tiny_model_dir, folder, CASES[name]) for folder in (whole, torn)]

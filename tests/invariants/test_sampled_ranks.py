@@ -127,6 +127,7 @@ def runs(tmp_path_factory) -> dict[int, Path]:
     return {processes: folder / str(processes) for processes in (1, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_equal_one(method: str, runs: dict[int, Path]) -> None:
     one, two = (json.loads((runs[processes] / method / "history.json").read_text()) for processes in (1, 2))

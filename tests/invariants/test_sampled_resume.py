@@ -78,12 +78,8 @@ def write_recipe(folder: Path, model: Path, name: str, output_dir: Path) -> Path
     return path
 
 
-QUICK = ("mdpo-lora", "fdpg")  # the others with the slow ones: test_kills.py goes through all trainers
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.slow  # test_kills.py has quick ones
+@pytest.mark.parametrize("name", CASES)
 def test_killed_and_resumed_it_ends_at_the_same_bytes(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     recipes = [write_recipe(tmp_path, tiny_model_dir, name, folder) for folder in (whole, torn)]

@@ -108,13 +108,11 @@ def one_process(tmp_path_factory):
     return start, results | more, final
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrapper", "launcher"),
     [
-        (
-            "DistributedDataParallel",
-            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-        ),
+        ("DistributedDataParallel", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
         pytest.param(
             "DeepSpeedEngine",
             ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/zero3.yaml"],

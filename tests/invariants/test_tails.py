@@ -80,6 +80,7 @@ def test_one_process_with_more_micro_batches_than_rows(tmp_path: Path) -> None:
     assert_alike(tmp_path / "four", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     start = tiny.save(tmp_path / "start")
     for order, splits in SPLITS.items():

@@ -61,6 +61,7 @@ def test_comparisons_are_read_from_log_probs_and_none_is_paid_for_twice(bench: B
     assert asked(proxy) == questions
 
 
+@pytest.mark.slow
 def test_a_judge_that_is_away_stops_the_run_and_the_same_command_goes_on(
     bench: Bench, proxy: ScriptedJudge, server: LlamaServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +81,7 @@ def test_a_judge_that_is_away_stops_the_run_and_the_same_command_goes_on(
     assert len(again) <= 2 + 1  # in flight, and the one whose last try the sign of life allows
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_in_the_middle_it_loses_nothing(
     bench: Bench,
     gguf_model: Path,

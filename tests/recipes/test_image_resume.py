@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from llmalign.cli import main
 from llmalign.diffusion.denoiser import LORA_FILE
 from llmalign.trainers.run_folder import RUN_FILE
+from tests.slow import all_but
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 HELD_OUT = '{heldout: {path: "sample:image_pairs", where: {split: test}, max_rows: 4}}'
@@ -32,12 +33,7 @@ CASES = {
 }
 
 
-SLOW = ("d3po-full", "pso", "seppo", "diffusion_dpo", "pso_offline")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
-)
+@pytest.mark.parametrize("name", all_but(["diffusion_dpo-lora"], CASES))
 def test_resumed_ends_as_uninterrupted(name: str, tmp_path: Path) -> None:
     recipe, options, weights = CASES[name]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

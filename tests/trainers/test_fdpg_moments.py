@@ -48,6 +48,7 @@ def test_lambda_is_fitted_reported_and_kept(tmp_path, caplog):
     assert resumed.target.lambdas == list(report.lambdas) and resumed.moment_report is None
 
 
+@pytest.mark.slow
 def test_lambda_counts_completions_of_another_model_by_their_weights(tmp_path):
     """The policy starts elsewhere than the base: the moments are still those of the base's tilt."""
     base, policy = small_model(), perturbed(small_model(), size=0.3)

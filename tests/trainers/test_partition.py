@@ -193,6 +193,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return json.loads(line.removeprefix("STATES "))
 
 
+@pytest.mark.slow
 def test_z_over_two_processes_against_the_recorded_numbers(two_processes):
     recorded = RECORDED["z_estimation"]
     ranks = [tensor(recorded[f"log_ratio_rank{rank}"]) for rank in (0, 1)]
@@ -207,6 +208,7 @@ def test_z_over_two_processes_against_the_recorded_numbers(two_processes):
         assert partition.count() == 7
 
 
+@pytest.mark.slow
 def test_contexts_over_two_processes(two_processes):
     first, second = (tensor(RECORDED["z_estimation"][f"log_ratio_rank{rank}"]) for rank in (0, 1))
     assert two_processes[0] == two_processes[1]
@@ -219,5 +221,6 @@ def test_contexts_over_two_processes(two_processes):
     )
 
 
+@pytest.mark.slow
 def test_the_window_over_two_processes(two_processes):
     assert two_processes[0]["window"]["kept"] == [1.0, 2.0, 10.0, 11.0, 12.0]
