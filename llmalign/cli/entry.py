@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from tqdm import tqdm  # type: ignore[import-untyped]
+
 from llmalign import __version__
 from llmalign.cli import (
     chat,
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if is_main_process():
             again = {"train": "--resume auto", "sample": "--overwrite"}.get(options.command, "the same command")
-            print(f"llmalign: stopped; go on with {again}.", file=sys.stderr)
+            _say(f"llmalign: stopped; go on with {again}.")
         return 130
 
 
@@ -79,14 +81,19 @@ def _run(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> 
     except UserError as error:
         sentence = f"llmalign: {redacted(str(error))}"
         if is_main_process() or isinstance(error, OneProcessError):
-            print(sentence, file=sys.stderr)
+            _say(sentence)
         if not is_main_process():
             leave_for_launcher(sentence)
         return USAGE_ERROR
     except Preempted as stop:
         if is_main_process():
-            print(farewell(stop, arguments), file=sys.stderr)
+            _say(farewell(stop, arguments))
         return 0
+
+
+def _say(text: str) -> None:
+    """Print on a line of its own, whatever progress bar was being drawn."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def _run_launched(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:

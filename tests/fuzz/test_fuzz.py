@@ -56,8 +56,8 @@ def fuzz(count: int, folder: Path, *, derandomize: bool) -> collections.Counter[
     @given(cases(model))
     def one(case: Case) -> None:
         assume(case not in seen)  # hypothesis draws much again that it drew before
-        seen.add(case)
         found[check(case, folder / "case")] += 1
+        seen.add(case)
 
     one()
     return found

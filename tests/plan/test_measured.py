@@ -63,7 +63,8 @@ def compared(folder: Path, recipe: str, overrides: list[str], warm_up: list[str]
     words = {"recipe": recipe, "result": str(result), "overrides": overrides, "warm_up": warm_up}
     job.write_text(json.dumps(words))
     script = [sys.executable, measuring.__file__, str(job)]
-    subprocess.run(script, check=True, env={**os.environ, **THRESHOLDS}, capture_output=True)
+    done = subprocess.run(script, env={**os.environ, **THRESHOLDS}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     made = plan(load_recipe(recipe, overrides), Target(), calibrate=False)
     return json.loads(result.read_text())["peak"] / made.device.total
 
@@ -115,7 +116,7 @@ def test_sampling(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], LORA, AGAIN], ids=["full", "LoRA", "checkpointed"])
-def test_images(folder: Path, extra: list[str]) -> None:
+def test_images(folder: Path, extra: list[str], tmp_path: Path) -> None:
     if not (folder / "pipeline").is_dir():
         measuring.save_pipeline(folder / "pipeline")
     (folder / "images.yaml").write_text("method: diffusion_dpo\ndataset_name: sample:image_pairs\nmax_rows: 8\n")
@@ -124,7 +125,7 @@ def test_images(folder: Path, extra: list[str]) -> None:
     common += ["--image_cache_dir", str(folder / "pictures"), *extra]
 
     def words(model: str, side: int) -> list[str]:
-        own = {"model_name_or_path": model, "resolution": str(side), "output_dir": str(folder / f"out-{side}")}
+        own = {"model_name_or_path": model, "resolution": str(side), "output_dir": str(tmp_path / f"out-{side}")}
         return [*common, *(word for key, value in own.items() for word in (f"--{key}", value))]
 
     recipe = str(folder / "images.yaml")
