@@ -316,7 +316,7 @@ def _without_its_data(given: dict[str, Any]) -> dict[str, Any]:
 def _method(path: str, name: Any) -> Method:
     if name is None:
         raise UserError(f"{path} names no method: set `method` to one of {', '.join(METHODS)}.")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise UserError(
             f"{path}: unknown method {name!r}; the nearest is {nearest(str(name), list(METHODS))}, and all are "
             f"{', '.join(METHODS)}."

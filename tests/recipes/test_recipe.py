@@ -158,6 +158,7 @@ def test_what_is_not_understood_gets_its_sentence(write, extra: str, sentence: s
     [
         ("model_name_or_path: m\n", "names no method: set `method` to one of rpo"),
         ("method: rppo\n", "unknown method 'rppo'; the nearest is rpo"),
+        ("method: {a: 1}\n", "unknown method {'a': 1}; the nearest is"),
         ("- a\n- b\n", "must hold `key: value` lines, found list"),
         ("method: [\n", "is not valid YAML"),
         ("1: x\n", "the key 1 is not text"),
