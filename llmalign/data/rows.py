@@ -96,8 +96,8 @@ class Layout:
             canonical = _checked_group(canonical)
         elif self.kind == "comparisons":
             _check_comparison(canonical)
-        elif "messages" in canonical and not any(turn["role"] == "assistant" for turn in canonical["messages"]):
-            raise Fault("'messages' has no message of the assistant, so nothing to learn")
+        elif "messages" in canonical:
+            _check_messages(canonical["messages"])
         for name in LEARNED:
             if name in canonical:
                 checks.ends_with_assistant(name, canonical[name])
@@ -203,6 +203,16 @@ def _carried(name: str, value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(item, (int, float)) for item in value):
         return "numbers"
     raise Fault(f"{name!r} must be text, a number, a flag or a list of texts or numbers to go to a reward function")
+
+
+def _check_messages(turns: str | list[dict[str, str]]) -> None:
+    if isinstance(turns, str):
+        raise Fault(
+            "'messages' is text and must be a list of messages; CSV cannot hold one: use JSON lines, or the columns "
+            "'prompt' and 'completion'"
+        )
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise Fault("'messages' has no message of the assistant, so nothing to learn")
 
 
 def _check_pair(row: Row) -> None:

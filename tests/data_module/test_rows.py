@@ -222,6 +222,9 @@ def test_text_and_prompts(write, chat):
     talk = {"messages": chat("Hi", "A"), "prompt": "Hi"}
     assert load(write("c.jsonl", [talk]), kind="text")[0] == {"row_id": 0, "messages": chat("Hi", "A")}
     assert "no message of the assistant" in refusal(write, [{"messages": chat("Hi")}], kind="text")
+    assert "'messages' is text and must be a list" in refusal(write, [{"messages": "Hi"}], kind="text")
+    with pytest.raises(UserError, match="line 2: 'messages' is text .* use JSON lines"):
+        load(write("f.csv", 'messages\n"[{""role"": ""user"", ""content"": ""Hi""}]"\n'), kind="text")
     assert "no 'messages', no 'prompt' with 'completion' and no 'text'; it has: answer" in refusal(
         write, [{"answer": "x"}], kind="text"
     )  # fmt: skip
