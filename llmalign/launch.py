@@ -139,12 +139,9 @@ def _run(arguments: list[str]) -> int:
         launch_command(parsed)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if codes.get(0) != USAGE_ERROR:  # else the first process has said it
-            left: list[Any] = [
-                failure.message for failure in error.failures.values() if failure.exitcode == USAGE_ERROR
-            ]
-            for sentence in sorted({message["message"] for message in left if isinstance(message, dict)}):
-                print(sentence, file=sys.stderr)
+        left: list[Any] = [failure.message for failure in error.failures.values() if failure.exitcode == USAGE_ERROR]
+        for sentence in sorted({message["message"] for message in left if isinstance(message, dict)}):
+            print(sentence, file=sys.stderr)
         return _status(codes)
     except subprocess.CalledProcessError as error:  # of the launcher of one process
         return _status({0: error.returncode})

@@ -50,10 +50,9 @@ class Watch:
         self.came, self.at = True, time.monotonic()
         if not self.training and "RANK" not in os.environ:
             raise Preempted(None)
-        logger.warning(
-            "SIGTERM: a checkpoint is saved at the end of the step, behind the evaluation if one is going on; a second "
-            "SIGTERM ends the run at once."
-        )
+        saved = "a checkpoint is saved at the end of the step, behind the evaluation if one is going on"
+        meant = saved if self.training else "the run ends, on all processes together, where training would begin"
+        logger.warning("SIGTERM: %s; a second SIGTERM ends it at once.", meant)
 
 
 _watch: Watch | None = None

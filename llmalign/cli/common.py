@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from llmalign.sigterm import COMMAND
+
 USAGE_ERROR = 2
 SOMETHING_WRONG = 1
 
@@ -21,11 +23,12 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def leave_for_launcher(sentence: str) -> None:
-    """Let torchrun say why this process ended: where it failed alone, the main process does not know."""
+def left_for_launcher(sentence: str) -> bool:
+    """Let torchrun know why this process ended, where there is one; whether llmalign's own launcher will say it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None:
-        return
+        return False
     shown = {"timestamp": str(int(time.time())), "py_callstack": sentence}
     left = {"message": {"message": sentence, "extraInfo": shown}}
     Path(file).write_text(json.dumps(left), encoding="utf-8")
+    return COMMAND in os.environ

@@ -30,7 +30,7 @@ from llmalign.cli import (
     verify,
     winrate,
 )
-from llmalign.cli.common import USAGE_ERROR, is_main_process, leave_for_launcher
+from llmalign.cli.common import USAGE_ERROR, is_main_process, left_for_launcher
 from llmalign.cli.going_on import farewell
 from llmalign.errors import OneProcessError, UserError
 from llmalign.secrets import Redacting, redacted
@@ -80,10 +80,8 @@ def _run(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> 
         return options.run(options, rest)
     except UserError as error:
         sentence = f"llmalign: {redacted(str(error))}"
-        if is_main_process() or isinstance(error, OneProcessError):
+        if not left_for_launcher(sentence) and (is_main_process() or isinstance(error, OneProcessError)):
             _say(sentence)
-        if not is_main_process():
-            leave_for_launcher(sentence)
         return USAGE_ERROR
     except Preempted as stop:
         if is_main_process():

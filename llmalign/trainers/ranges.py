@@ -23,7 +23,7 @@ _SEEDS = ("seed", "data_seed")
 
 
 def check_ranges(args: Any) -> None:
-    """Raise UserError naming the first inherited field whose number is out of range, its value and the rule.
+    """Raise UserError naming the first inherited field whose value is out of range, its value and the rule.
 
     Not covered: `max_steps`, where -1 stands for "by epochs"; what a method's own config adds.
     """
@@ -35,6 +35,8 @@ def check_ranges(args: Any) -> None:
         (_SEEDS, lambda value: 0 <= value <= _LARGEST_SEED, f"from 0 to {_LARGEST_SEED}"),
     )
     known = {entry.name for entry in fields(args)}
+    if "model_init_kwargs" in known and not isinstance(args.model_init_kwargs, (dict, type(None))):
+        raise UserError(f"model_init_kwargs must be a mapping, got {args.model_init_kwargs!r}")
     for names, holds, rule in rules:
         for name in names:
             value = getattr(args, name) if name in known else None

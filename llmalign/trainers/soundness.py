@@ -26,7 +26,7 @@ WEIGHTS = (
 )  # fmt: skip
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0*", "global_step*")
 # What each process wrote a part of, so that only as many can read it.
-SHARDED = ("global_step*", "pytorch_model_fsdp_*", "optimizer_*/")
+SHARDED = ("global_step*", "pytorch_model_fsdp*", "optimizer_*/")
 ROLLOUTS = ("rollout_*.pt",)
 ARCHIVES = (".pt", ".pth", ".bin")  # of torch.save
 

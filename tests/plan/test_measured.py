@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,10 @@ def ratio(folder: Path, size: str, method: str, extra: list[str]) -> float:
             place = options.index(key)
             del options[place : place + 2]
 
+    runs = Path(tempfile.mkdtemp(dir=folder)).name
+
     def words(model: str, data: str) -> list[str]:
-        own = {"model_name_or_path": model, "dataset_name": data, "output_dir": f"out-{model}"}
+        own = {"model_name_or_path": model, "dataset_name": data, "output_dir": f"{runs}/{model}"}
         return [*options, *(word for key, value in own.items() for word in (f"--{key}", str(folder / value)))]
 
     data, warm = ("pairs.jsonl", "warm.jsonl") if method == "rpo" else ("prompts.jsonl", "prompts.jsonl")

@@ -37,6 +37,7 @@ def test_paper_values():
         (RPOConfig, {"beta": 0}, "beta must be a positive finite number, got 0"),
         (RPOConfig, {"beta": float("nan")}, "beta must be"),
         (RPOConfig, {"eta": -0.1}, "eta must be zero or a positive"),
+        (RPOConfig, {"model_init_kwargs": "4"}, "model_init_kwargs must be a mapping, got .4."),
         (RPOConfig, {"base": "worst"}, "base must be chosen, reference or column"),
         (RPOConfig, {"alarm_prompts": -1}, "alarm_prompts must be zero or more"),
         (RDPOConfig, {"flip_rate": 0.5}, r"flip_rate must be in \[0, 0.5\).*divides by zero"),
