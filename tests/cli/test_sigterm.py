@@ -109,6 +109,7 @@ def parity(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) 
     return [sum(ids) % 7 / 3 for ids in completion_ids]
 
 
+@pytest.mark.slow
 def test_in_the_middle_of_a_rollout_the_rollout_is_saved(
     tiny_model_dir: Path, tmp_path: Path, signal_at: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +132,7 @@ def test_in_the_middle_of_a_rollout_the_rollout_is_saved(
     assert (tmp_path / "torn" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_sweep_begins_no_other_run(
     tiny_model_dir: Path, tmp_path: Path, signal_at: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

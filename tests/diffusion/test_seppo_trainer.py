@@ -274,6 +274,7 @@ def test_evaluation_sets_with_the_same_row_ids_have_samples_of_their_own(tiny_pi
 # Resuming
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_at_the_same_bits(tiny_pipeline, tmp_path):
     options = {"max_steps": 6, "checkpoint_every": 2, "save_strategy": "steps", "save_steps": 1, "seed": 1}
     whole = seppo(tiny_pipeline("sd"), tmp_path / "whole", **options)

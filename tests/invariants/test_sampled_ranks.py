@@ -87,6 +87,7 @@ for name, run in {
 """
 
 
+@pytest.mark.slow
 def test_what_one_process_cannot_go_on_after_stops_all_of_them(tmp_path: Path) -> None:
     """None is left waiting: every process of the same run comes to the end of all four."""
     (tmp_path / "script.py").write_text(FAULTS)
