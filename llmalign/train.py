@@ -26,7 +26,13 @@ from llmalign.refusals import refusals
 from llmalign.rewards.functions import guard, load_function
 from llmalign.rewards.model import load_reward_model
 from llmalign.sigterm import Preempted
-from llmalign.trainers.loading import check_model_options, choose_dtype, load_tokenizer, model_arguments
+from llmalign.trainers.loading import (
+    check_model_options,
+    choose_dtype,
+    load_tokenizer,
+    model_arguments,
+    set_eos_token,
+)
 from llmalign.trainers.manifest import write_model_manifest
 from llmalign.trainers.references import References
 from llmalign.trainers.resuming import resolve_resume
@@ -233,8 +239,7 @@ def text_work(recipe: Recipe, config: Any, options: Any, rows: Dataset | None = 
     with config.main_process_first(desc="looking for the model"):
         path = model_path(str(options.model_name_or_path))
     tokenizer = load_tokenizer(path, revision=options.model_revision, trust_remote_code=config.trust_remote_code)
-    if recipe.config.get("eos_token"):
-        tokenizer.eos_token = config.eos_token
+    set_eos_token(tokenizer, recipe.config.get("eos_token"))
     if rows is None:
         data = prepare(recipe, tokenizer, config, end_ids(tokenizer, path, options.model_revision))
     else:

@@ -18,7 +18,7 @@ from llmalign.prepare import Data, end_ids, prepare
 from llmalign.recipe import Recipe
 from llmalign.refusals import refusals
 from llmalign.train import build, model_path
-from llmalign.trainers.loading import choose_dtype, load_tokenizer
+from llmalign.trainers.loading import choose_dtype, load_tokenizer, set_eos_token
 from llmalign.trainers.sampled_configs import SampledConfig
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,7 @@ def _text_trainer(recipe: Recipe, lengths: Lengths | None, sampled: bool) -> Any
     options = choose_dtype(recipe.model_config(), chosen="dtype" in recipe.model, bf16=config.bf16)
     path = model_path(str(options.model_name_or_path))
     tokenizer = load_tokenizer(path, revision=options.model_revision, trust_remote_code=config.trust_remote_code)
-    if recipe.config.get("eos_token"):
-        tokenizer.eos_token = config.eos_token
+    set_eos_token(tokenizer, recipe.config.get("eos_token"))
     rows = prepare(recipe, tokenizer, config, end_ids(tokenizer, path, options.model_revision)).train
     assert isinstance(rows, Dataset)
     if not sampled and lengths is not None:

@@ -16,7 +16,7 @@ from llmalign.plan.outline import TextOutline, Weights, text_outline
 from llmalign.plan.rows import Lengths
 from llmalign.prepare import PREPARATIONS, end_ids, prepare
 from llmalign.recipe import Recipe
-from llmalign.trainers.loading import ModelConfig, choose_dtype, load_tokenizer
+from llmalign.trainers.loading import ModelConfig, choose_dtype, load_tokenizer, set_eos_token
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +129,7 @@ def _rows(
         notes.append(f"{rows:,} rows of {_shape(lengths)} were taken for the data, which were not read")
         return lengths, bool(recipe.data.eval_sources() or recipe.data.holdout_rows), {}
     tokenizer = load_tokenizer(path, revision=options.model_revision, trust_remote_code=config.trust_remote_code)
-    if recipe.config.get("eos_token"):
-        tokenizer.eos_token = config.eos_token
+    set_eos_token(tokenizer, recipe.config.get("eos_token"))
     data = prepare(recipe, tokenizer, config, end_ids(tokenizer, path, options.model_revision))
     train = data.train
     assert isinstance(train, Dataset)

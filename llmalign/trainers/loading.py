@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = [
     "ModelConfig", "check_model_options", "choose_dtype", "load_tokenizer", "model_arguments", "refuse_vision",
-    "require_chat_template", "text_tokenizer",
+    "require_chat_template", "set_eos_token", "text_tokenizer",
 ]  # fmt: skip
 
 _ADAPTER_FILE = "adapter_config.json"
@@ -60,6 +60,15 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
         tokenizer.pad_token = tokenizer.eos_token
         logger.info("The tokenizer has no pad token; its EOS token %r pads, masked by length.", tokenizer.eos_token)
     return tokenizer
+
+
+def set_eos_token(tokenizer: PreTrainedTokenizerBase, token: str | None) -> None:
+    """End texts with this token, where one is named. Raises UserError where the tokenizer does not have it."""
+    if token is None:
+        return
+    if token not in tokenizer.get_vocab():
+        raise UserError(f"eos_token {token!r} is no token of the tokenizer: name one of its vocabulary")
+    tokenizer.eos_token = token
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from llmalign.errors import UserError
 from llmalign.rewards.pair_model import PairText, mark_pair_preference
 from llmalign.trainers.baselines import RewardTrainer
 from llmalign.trainers.configs import RewardConfig
-from llmalign.trainers.loading import load_tokenizer
+from llmalign.trainers.loading import load_tokenizer, set_eos_token
 from llmalign.trainers.validation import refuse_inherited
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,7 @@ class PreferenceModelTrainer(RewardTrainer):
             tokenizer = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise UserError("vision-language models are not supported: pass a text model and its tokenizer")
-        if args.eos_token is not None:
-            tokenizer.eos_token = args.eos_token
+        set_eos_token(tokenizer, args.eos_token)
         self._pairs_as = (tokenizer, args)
         kwargs["processing_class"] = tokenizer
         super().__init__(

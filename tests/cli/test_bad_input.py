@@ -173,6 +173,12 @@ def test_no_pad_and_no_eos(bench: Bench) -> None:
     assert "neither a pad token nor an EOS token" in bench.refused()
 
 
+@pytest.mark.parametrize("method", ["preference", "sft"])
+def test_an_end_that_the_tokenizer_does_not_have(bench: Bench, method: str) -> None:
+    bench.write([{"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c"}] * 4)
+    assert "eos_token ' ' is no token of the tokenizer" in bench.refused("--eos_token", " ", method=method)
+
+
 def test_conversations_without_chat_template(bench: Bench) -> None:
     bench.model = altered(bench.model, bench.folder, chat_template=None)
     (bench.model / "chat_template.jinja").unlink(missing_ok=True)
