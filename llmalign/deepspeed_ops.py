@@ -17,6 +17,7 @@ from llmalign.errors import UserError
 logger = logging.getLogger(__name__)
 
 LOCK = "lock"  # torch's own, beside a compiled operation
+LONGEST = 180.0  # seconds for which an operation is compiled on a slow machine
 COMMUNICATION, ADAM = "ShareMemCommBuilder", "CPUAdamBuilder"
 
 
@@ -51,16 +52,43 @@ def build(*, on_cpu: bool, offload: bool) -> None:
 
 
 def free_from_dead(lock: Path) -> bool:
-    """Remove a lock that no process holds open any more, and say whether there was one. Only Linux can tell."""
-    descriptors = Path("/proc")
-    if not lock.is_file() or not descriptors.is_dir():
+    """Remove a lock that no process of this machine holds open any more; whether there was one. Only Linux can tell.
+
+    Another machine, or a container, that has the same folder may be compiling: a lock is waited for until it is older
+    than a compilation takes.
+    """
+    if not Path("/proc").is_dir():
         return False
-    for descriptor in descriptors.glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # a process that ended meanwhile, or another user's
-            if descriptor.resolve() == lock.resolve():
-                return False
-    lock.unlink(missing_ok=True)
-    return True
+    said = False
+    while (age := _age(lock)) is not None and not _is_open(lock):
+        if age >= LONGEST:
+            lock.unlink(missing_ok=True)
+            return True
+        if not said:
+            logger.info(
+                "%s is there, and no process of this machine has it: it is waited for until it is %.0f s old.",
+                lock, LONGEST,
+            )  # fmt: skip
+            said = True
+        time.sleep(1)
+    return False
+
+
+def _age(path: Path) -> float | None:
+    """Seconds since a file was written, None where there is none."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this machine has the file open."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # one that ended meanwhile, or another user's
+            if any(descriptor.resolve() == path.resolve() for descriptor in (process / "fd").iterdir()):
+                return True
+    return False
 
 
 def path_with_ninja() -> str:

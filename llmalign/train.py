@@ -33,7 +33,7 @@ from llmalign.trainers.loading import (
     model_arguments,
     set_eos_token,
 )
-from llmalign.trainers.manifest import write_model_manifest
+from llmalign.trainers.manifest import to_disk, write_model_manifest
 from llmalign.trainers.references import References
 from llmalign.trainers.resuming import resolve_resume
 from llmalign.trainers.run_folder import HARMLESS_KEYS, RUN_FILE, guard_output_dir, record_run
@@ -100,7 +100,7 @@ def _run(
     finished = Path(config.output_dir) / METRICS_FILE
     if resume is not None and finished.is_file():
         logger.info("%s is there, so this run is finished already: nothing to do.", finished)
-        return json.loads(finished.read_text(encoding="utf-8"))
+        return _measured_before(finished)
     if rows is None:
         _plan_evaluation(config, data, checkpoint)
     trainer = work.build()
@@ -322,6 +322,15 @@ def _draw(recipe: Recipe, history: list[dict[str, Any]], evaluation: Any, path: 
         plot_training(runs, path, title=title, panels=chosen)
 
 
+def _measured_before(finished: Path) -> dict[str, Any]:
+    """What a finished run has measured."""
+    try:
+        result: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{finished} is cut off or damaged: remove it, and the run is measured again") from error
+    return result
+
+
 def _measured_at_the_end(trainer: Any) -> bool:
     """Whether the last step was evaluated, and the model is still that step's and not an earlier, better one."""
     last = _measurements(trainer.state.log_history, step=trainer.state.global_step)
@@ -341,4 +350,6 @@ def _measurements(history: list[dict[str, Any]], step: int) -> dict[str, float]:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    to_disk(aside)
     os.replace(aside, path)
+    to_disk(path.parent)

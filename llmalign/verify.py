@@ -20,7 +20,7 @@ from llmalign.trainers.manifest import (
     read_manifest,
 )
 from llmalign.trainers.resuming import ASIDE
-from llmalign.trainers.soundness import WEIGHTS, broken, lost_manifest, missing, writers_of
+from llmalign.trainers.soundness import WEIGHTS, WEIGHTS_ALONE, broken, lost_manifest, missing, writers_of
 
 RECORDS = ("run.json", "metrics.json", "trainer_state.json", "sweep.json", "loop.json", "rounds.json")
 CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -89,22 +89,25 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def _checkpoint(folder: Path, name: str, quick: bool) -> Verified:
     names, step = files_of(folder), None
-    manifest, faults = None, []
+    how, faults = "", []
     try:
         manifest = read_manifest(folder)
+        how = _how(manifest is not None, quick)
         if manifest is not None:
             names, step = list(manifest.files), manifest.step
             faults = differences(folder, manifest.files, quick=quick)
         else:
             faults = [one for one in (lost_manifest(folder), broken(folder)) if one is not None]
         lost = missing(folder, manifest, writers_of(folder))
-        if lost is not None and not faults:
+        if lost == WEIGHTS_ALONE and manifest is not None:  # as it was written
+            how += "; weights alone (save_only_model), which no run goes on from"
+        elif lost is not None and not faults:
             faults = [lost]
     except BrokenManifest as error:
         faults = [str(error)]
     if step is None and CHECKPOINT.fullmatch(folder.name):
         step = int(folder.name.rsplit("-", 1)[1])
-    return _verified(folder, name, step, names, faults, _how(manifest is not None, quick))
+    return _verified(folder, name, step, names, faults, how)
 
 
 def _rest(folder: Path, name: str, quick: bool) -> tuple[list[str], Verified]:

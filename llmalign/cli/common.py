@@ -30,5 +30,8 @@ def left_for_launcher(sentence: str) -> bool:
         return False
     shown = {"timestamp": str(int(time.time())), "py_callstack": sentence}
     left = {"message": {"message": sentence, "extraInfo": shown}}
-    Path(file).write_text(json.dumps(left), encoding="utf-8")
+    try:
+        Path(file).write_text(json.dumps(left), encoding="utf-8")
+    except OSError:  # the disk of temporary files is full: then this process says it itself
+        return False
     return COMMAND in os.environ

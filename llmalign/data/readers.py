@@ -176,7 +176,19 @@ def _saved(folder: Path, split: str) -> SetShard:
 
 
 def _refuse_foreign_files(folder: Path) -> None:
-    """Raise UserError where a saved data set names a file that lies elsewhere: `datasets` would read it."""
+    """Raise UserError where a saved data set names a file or a split that lies elsewhere: `datasets` would read it."""
+    for path in sorted(folder.rglob("*")):  # which on Python 3.11 does not look into folders that are links
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path} is a link to what lies outside of the data set; only files in it are read.")
+    index = folder / "dataset_dict.json"
+    if index.is_file():
+        try:
+            splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index} is not the index of a saved data set: {_one_line(error)}.") from error
+        strange = [name for name in splits if not isinstance(name, str) or Path(name).name != name]
+        if strange:
+            raise UserError(f"{index} names the split {strange[0]!r}; only folders beside it are read.")
     for state in sorted(folder.rglob("state.json")):
         try:
             names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]

@@ -16,17 +16,20 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llmalign.secrets import hidden
 from llmalign.trainers.manifest import files_of, to_disk, write_manifest
 from llmalign.trainers.resuming import ASIDE, check_whole, resolve_resume
-from llmalign.trainers.soundness import checkpoints, step_of
-from llmalign.trainers.splits import check_split, draw_anew, writers_of
+from llmalign.trainers.soundness import checkpoints, step_of, writers_of
+from llmalign.trainers.splits import check_split, draw_anew
+
+_SECRETS = ("hub_token", "model_init_kwargs")
 
 
 class SafeCheckpointMixin(Trainer):
     """Makes any `transformers.Trainer` write checkpoints aside and rename them, and refuse a broken one to resume from.
 
     Put it before the trainer in the bases. Rotation and the push to the Hub happen after the rename. Several machines
-    need one folder that all of them see, or `save_on_each_node`. Not covered: SageMaker and XLA.
+    need one folder that all of them see. Not covered: `save_on_each_node`, SageMaker and XLA.
     """
 
     _writing_aside: bool = False
@@ -74,11 +77,14 @@ class SafeCheckpointMixin(Trainer):
         return os.path.join(run_dir, ASIDE) if self._writing_aside else run_dir
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        token, self.args.hub_token = self.args.hub_token, None  # training_args.bin would hold it
+        kept = {name: getattr(self.args, name) for name in _SECRETS if name in vars(self.args)}
+        for name, value in kept.items():  # training_args.bin would hold them
+            setattr(self.args, name, None if name == "hub_token" else hidden(value))
         try:
             super()._save(output_dir, state_dict)
         finally:
-            self.args.hub_token = token
+            for name, value in kept.items():
+                setattr(self.args, name, value)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._writing_aside:

@@ -6,6 +6,8 @@ from typing import Any
 
 from llmalign.errors import UserError
 
+_LARGEST_NUMBER = 3.4e38  # float32's, in which weights and losses are at most kept
+
 _LARGEST_SEED = 2**32 - 1  # numpy's
 _AT_LEAST_ONE = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -25,7 +27,8 @@ _SEEDS = ("seed", "data_seed")
 def check_ranges(args: Any) -> None:
     """Raise UserError naming the first inherited field whose value is out of range, its value and the rule.
 
-    Not covered: `max_steps`, where -1 stands for "by epochs"; what a method's own config adds.
+    Numbers that float32 cannot hold are out of range for any field, also for those that a method's own config adds, of
+    which no more is covered. Nor is `max_steps`, where -1 stands for "by epochs".
     """
     rules = (
         (_AT_LEAST_ONE, lambda value: value >= 1 and value == int(value), "a whole number of at least 1"),
@@ -35,6 +38,10 @@ def check_ranges(args: Any) -> None:
         (_SEEDS, lambda value: 0 <= value <= _LARGEST_SEED, f"from 0 to {_LARGEST_SEED}"),
     )
     known = {entry.name for entry in fields(args)}
+    for name in sorted(known):
+        value = getattr(args, name)
+        if isinstance(value, (int, float)) and _LARGEST_NUMBER < abs(value) < math.inf:
+            raise UserError(f"{name} must be at most {_LARGEST_NUMBER:g}, the largest number of float32, got {value!r}")
     if "model_init_kwargs" in known and not isinstance(args.model_init_kwargs, (dict, type(None))):
         raise UserError(f"model_init_kwargs must be a mapping, got {args.model_init_kwargs!r}")
     for names, holds, rule in rules:

@@ -23,7 +23,7 @@ def check_whole(path: str | Path, world_size: int | None = None) -> None:
     Looked at: weights, optimizer, scheduler, the random state of each process, `trainer_state.json`, and every file's
     size and hash where there is a manifest, else its structure. Of several processes the first one reads, and all call
     this. `world_size` (default: what the launcher says) may be another than the checkpoint's, where nothing in it is a
-    process's own. Not covered: the copies of other machines under `save_on_each_node`.
+    process's own.
 
     Raises:
         UserError: something is missing or broken; the sentence names it.

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,13 @@ class RolloutMixin(TextScores):
     _metrics: Any
     reward_funcs: Any
     group_size: Any
+    require_finite_weights: Callable[[], None]
     _start_checked = False
     _unique_tokens = 0
     _order: OrderByEpoch | None = None
 
     def _generate_and_score_completions(self, inputs: Any) -> Rollout:
+        self.require_finite_weights()  # of which sampling would make an error, on a GPU one that ends all use of it
         batch = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         numbers = [row.get("row_id", -1) for row in inputs]
         return batch | {"row_id": torch.tensor(numbers, device=batch["prompt_ids"].device)}

@@ -11,6 +11,8 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llmalign.errors import UserError
+from llmalign.processes import fail_together
+from llmalign.secrets import hidden
 from llmalign.trainers.manifest import to_disk
 from llmalign.trainers.resuming import ASIDE
 from llmalign.trainers.soundness import checkpoints
@@ -45,6 +47,8 @@ def guard_output_dir(
 ) -> None:
     """Refuse an output folder that holds another run; writes nothing (see `record_run`), looks on rank 0 alone.
 
+    All processes call it together, and all end where it is refused.
+
     Without `resume` the folder must hold no run at all. With it, `fingerprint` (the resolved recipe) must equal the one
     that the run was started with, except for `harmless` keys and, with `any_split`, for how processes and micro-batches
     share the rows of a step.
@@ -52,9 +56,18 @@ def guard_output_dir(
     Raises:
         UserError: another run is there, or the recipe changed in a key that changes the result (named, old -> new).
     """
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
-    folder = Path(output_dir).resolve()
+    fault = None
+    if int(os.environ.get("RANK", "0")) == 0:
+        try:
+            _guard(Path(output_dir).resolve(), resume, fingerprint, frozenset(harmless), any_split=any_split)
+        except UserError as error:
+            fault = str(error)
+    fail_together(fault)
+
+
+def _guard(
+    folder: Path, resume: str | None, fingerprint: Mapping[str, Any], harmless: frozenset[str], *, any_split: bool
+) -> None:
     # A checkpoint of another folder brings its own run file; the output folder must then be free.
     home = folder if resume is None or resume == "auto" else Path(resume).resolve().parent
     found = traces(folder)
@@ -66,7 +79,7 @@ def guard_output_dir(
     if resume is None or not set(traces(home)) - {ASIDE, RUN_FILE}:
         return
     if (home / RUN_FILE).exists():
-        compare_recipes(home / RUN_FILE, fingerprint, frozenset(harmless), any_split=any_split)
+        compare_recipes(home / RUN_FILE, fingerprint, harmless, any_split=any_split)
     elif checkpoints(home):
         logger.warning("%s has no %s, so its recipe cannot be compared with this one.", home, RUN_FILE)
     else:
@@ -90,7 +103,7 @@ def record_run(output_dir: str | Path, fingerprint: Mapping[str, Any]) -> None:
 def as_plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved recipe as JSON holds it, without secrets."""
     public = {key: value for key, value in fingerprint.items() if key not in SECRET_KEYS}
-    plain: dict[str, Any] = json.loads(json.dumps(public, default=str))
+    plain: dict[str, Any] = hidden(json.loads(json.dumps(public, default=str)))
     return plain
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -22,9 +23,9 @@ from transformers.trainer_pt_utils import get_model_param_count
 from llmalign.errors import OneProcessError, UserError
 from llmalign.processes import fail_together
 from llmalign.trainers.less_memory import advice
-from llmalign.trainers.manifest import BrokenManifest, differences, model_files, read_manifest
+from llmalign.trainers.manifest import model_files
 from llmalign.trainers.resuming import ASIDE
-from llmalign.trainers.soundness import broken, checkpoints
+from llmalign.trainers.soundness import WEIGHTS_ALONE, broken, checkpoints, fault
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ NO_PEERS = ("closed by peer", "reset by peer", "remote process exited", "NCCL co
 NEARLY_NOTHING = 1 << 20
 MOMENTS = 8  # bytes of Adam's state a trained weight
 REASON = 160
+CLOCKS = 2.0  # seconds by which a file system's times may be coarser than the system's, or behind
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Resources(contextlib.AbstractContextManager["Resources"]):
         self.args, self.peft, self.any_split = args, peft, any_split
         self._trainer: Any = None
         self._checkpoint_bytes: int | None = None
+        self._began = time.time()
 
     def expect(self, trainer: Any) -> None:
         """Take note of what runs, and warn where the disk has no room for what will be saved."""
@@ -124,7 +127,7 @@ class Resources(contextlib.AbstractContextManager["Resources"]):
 
     def _disk(self, found: Shortage, free: int | None) -> str:
         output = Path(self.args.output_dir)
-        removed = " What was half-written is removed." if remove_half_written(output) else ""
+        removed = " What was half-written is removed." if remove_half_written(output, self._began) else ""
         place = found.path or self._fullest()
         inside = Path(place).absolute().is_relative_to(output.absolute())
         way_out = self._other_folder(Path(place))
@@ -228,14 +231,18 @@ def _last(words: list[str]) -> str:
 
 def where_to_go_on(output_dir: str) -> str:
     """The newest good checkpoint and how to go on from it, as the end of a sentence; looks at sizes, not at bytes."""
-    for folder in reversed(checkpoints(Path(output_dir))):
+    own = checkpoints(Path(output_dir))
+    for folder in reversed(own):
         try:
-            manifest = read_manifest(folder)
-            wrong = differences(folder, manifest.files, quick=True) if manifest is not None else broken(folder)
-        except (BrokenManifest, OSError):
+            wrong = fault(folder, int(os.environ.get("WORLD_SIZE", "1")), quick=True)
+        except OSError:
             continue
-        if not wrong:
+        if wrong is None:
             return f"--resume auto goes on from {folder.name}"
+        if wrong == WEIGHTS_ALONE:
+            return f"a new run can start from the weights in {folder.name}, which holds them alone (save_only_model)"
+    if own:
+        return f"no checkpoint in {output_dir} can be gone on from (llmalign verify says why)"
     return "--resume auto starts from the beginning (there is no checkpoint yet)"
 
 
@@ -266,13 +273,18 @@ def _why_not_writable(folder: Path) -> str | None:
     return None
 
 
-def remove_half_written(output: Path) -> bool:
-    """Remove, on the main process, a checkpoint and files that were not finished; whether there were any."""
+def remove_half_written(output: Path, began: float) -> bool:
+    """Remove, on the main process, what was not finished of a checkpoint and of files; whether there was any.
+
+    Files that were there when the run began (`began`, in seconds since the epoch) are another's, and stay.
+    """
     if int(os.environ.get("RANK", "0")) != 0:
         return False
-    doomed = [path for path in (output / ASIDE, *output.glob("*.tmp")) if path.exists()]
+    doomed = [output / ASIDE] if (output / ASIDE).exists() else []
     with contextlib.suppress(OSError):
-        doomed += [output / name for name in model_files(output) if broken(output, [name]) is not None]
+        own = [path for path in output.glob("*.tmp")] + [output / name for name in model_files(output)]
+        recent = [path for path in own if path.stat().st_mtime >= began - CLOCKS]
+        doomed += [path for path in recent if path.suffix == ".tmp" or broken(output, [path.name]) is not None]
     for path in doomed:
         with contextlib.suppress(OSError):  # read-only: then it stays, and a resumed run does not look at it
             shutil.rmtree(path) if path.is_dir() else path.unlink()

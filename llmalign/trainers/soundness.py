@@ -29,6 +29,7 @@ OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0*", "global_step*")
 SHARDED = ("global_step*", "pytorch_model_fsdp*", "optimizer_*/")
 ROLLOUTS = ("rollout_*.pt",)
 ARCHIVES = (".pt", ".pth", ".bin")  # of torch.save
+WEIGHTS_ALONE = "it holds weights alone (save_only_model), without optimizer, scheduler and random state"
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -42,8 +43,8 @@ def step_of(folder: Path) -> int:
     return int(folder.name.rsplit("-", 1)[1])
 
 
-def fault(folder: Path, world_size: int) -> str | None:
-    """What keeps a run of so many processes from going on from `folder`."""
+def fault(folder: Path, world_size: int, *, quick: bool = False) -> str | None:
+    """What keeps a run of so many processes from going on from `folder`; `quick` does not read its files."""
     if not folder.is_dir():
         return "there is no such folder"
     own = checkpoints(folder)
@@ -55,7 +56,7 @@ def fault(folder: Path, world_size: int) -> str | None:
         return str(error)
     if manifest is None and (found := lost_manifest(folder)) is not None:
         return found
-    return missing(folder, manifest, world_size) or _changed(folder, manifest)
+    return missing(folder, manifest, world_size) or _changed(folder, manifest, quick=quick)
 
 
 def lost_manifest(folder: Path) -> str | None:
@@ -75,7 +76,7 @@ def missing(folder: Path, manifest: Manifest | None, world_size: int) -> str | N
     if not _has(folder, *WEIGHTS):
         return "the weights (model.safetensors, adapter_model.safetensors or a pipeline's) are missing"
     if not _has(folder, *OPTIMIZERS, "scheduler.pt", "rng_state*.pth"):
-        return "it holds weights alone (save_only_model), without optimizer, scheduler and random state"
+        return WEIGHTS_ALONE
     if not _has(folder, *OPTIMIZERS):
         return "the optimizer state (optimizer.pt) is missing"
     # DeepSpeed may keep the scheduler with its optimizer; where it does not, the Trainer itself insists on the file.
@@ -135,14 +136,17 @@ def broken(folder: Path, names: Iterable[str] | None = None) -> str | None:
     return None
 
 
-def _changed(folder: Path, manifest: Manifest | None) -> str | None:
+def _changed(folder: Path, manifest: Manifest | None, *, quick: bool) -> str | None:
     if manifest is None:
         found = broken(folder)
-        if found is None:
+        if found is None and not quick:
             logger.info("%s has no %s: the structure of its files was checked, not their bytes.", folder, MANIFEST)
         return found
     # Sizes first: they cost nothing, and nobody waits for hashes to learn that a file is empty.
-    return next(iter(differences(folder, manifest.files, quick=True) or differences(folder, manifest.files)), None)
+    wrong = differences(folder, manifest.files, quick=True)
+    if not wrong and not quick:
+        wrong = differences(folder, manifest.files)
+    return next(iter(wrong), None)
 
 
 def _has(folder: Path, *patterns: str) -> bool:
@@ -170,6 +174,6 @@ def _archive_whole(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 archive.open(member).close()
-    except (zipfile.BadZipFile, EOFError, ValueError, OSError):
-        return False
+    except (zipfile.BadZipFile, EOFError, ValueError, OSError, RuntimeError):
+        return False  # RuntimeError: a flipped byte says that it is encrypted, or of a later format
     return True

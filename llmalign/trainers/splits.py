@@ -23,8 +23,6 @@ from llmalign.trainers.soundness import writers_of
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["check_split", "draw_anew", "writers_of"]
-
 
 def check_split(trainer: Any, checkpoint: Path) -> None:
     """Raise UserError where a trainer splits its steps otherwise than a whole checkpoint's run, and that matters."""
@@ -33,7 +31,8 @@ def check_split(trainer: Any, checkpoint: Path) -> None:
     batch = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("train_batch_size")
     rows = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
     written = None if manifest is None else manifest.rows_per_step
-    if args.ignore_data_skip or (before == args.world_size and written in (None, rows)):
+    same = before == args.world_size and batch in (None, trainer._train_batch_size)
+    if args.ignore_data_skip or (same and written in (None, rows)):
         return
     if written not in (None, rows):
         raise UserError(
@@ -41,22 +40,21 @@ def check_split(trainer: Any, checkpoint: Path) -> None:
             f"{rows} on {args.world_size}, so that other rows would come together: choose per_device_train_batch_size "
             f"and gradient_accumulation_steps so that their product with the processes is {written}"
         )
-    reason = _why_not(trainer, rounds={trainer._train_batch_size * args.world_size, (batch or 0) * before})
+    rounds = {trainer._train_batch_size * args.world_size, (batch or 0) * before}
+    reason = _why_not(trainer, rounds, processes=before != args.world_size)
+    said = f"{before} process(es) with {batch} rows at a time"
+    own = f"this run has {args.world_size} with {trainer._train_batch_size}"
     if reason is not None:
         raise UserError(
-            f"{checkpoint} was written by {before} process(es) and this run has {args.world_size}, which would change "
-            f"its result, because {reason}: start {before}"
+            f"{checkpoint} was written by {said} and {own}, which would change its result, because {reason}: take "
+            f"{before} process(es) and per_device_train_batch_size: {batch}"
         )
     if args.process_index == 0:
-        _say(checkpoint, before, args.world_size)
-
-
-def _say(checkpoint: Path, before: int, now: int) -> None:
-    logger.warning(
-        "%s was written by %d process(es) and this run has %d: each step has the rows that it would have had, and the "
-        "random states, on which nothing in this training depends, are drawn anew.",
-        checkpoint, before, now,
-    )  # fmt: skip
+        drawn = ", and the random states, on which nothing in this training depends, are drawn anew"
+        logger.warning(
+            "%s was written by %s and %s: each step has the rows that it would have had%s.",
+            checkpoint, said, own, drawn if before != args.world_size else "",
+        )  # fmt: skip
 
 
 def draw_anew(trainer: Any) -> None:
@@ -65,14 +63,17 @@ def draw_anew(trainer: Any) -> None:
     set_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big"))
 
 
-def _why_not(trainer: Any, rounds: set[int]) -> str | None:
-    """What another number of processes would change; `rounds`: rows that all processes take at a time, both ways."""
+def _why_not(trainer: Any, rounds: set[int], *, processes: bool) -> str | None:
+    """What another split would change; `rounds`: rows that all processes take at a time, both ways.
+
+    `processes` tells whether their number is another one, and not the rows that each takes alone.
+    """
     args, rows = trainer.args, trainer.train_dataset
     if isinstance(trainer, RolloutMixin):
-        return "each process samples rollouts with random numbers of its own"
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return "each process samples rollouts, by its batch and with random numbers of its own"
+    if processes and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         return "DeepSpeed and FSDP keep a part of the state with each process"
-    if not isinstance(rows, Sized):
+    if processes and not isinstance(rows, Sized):
         return "a stream is dealt out to the processes as it comes"
     if args.train_sampling_strategy == "group_by_length":
         return "train_sampling_strategy: group_by_length sorts by the batch of one process"
@@ -86,8 +87,7 @@ def _why_not(trainer: Any, rounds: set[int]) -> str | None:
             f"the {len(rows)} rows are no multiple of the {max(rounds)} that all processes take at a time, and an "
             "epoch's last batch is filled up by repeating rows"
         )
-    noise = getattr(args, "neftune_noise_alpha", None)
-    if noise:
+    if args.neftune_noise_alpha:
         return "neftune_noise_alpha draws noise"
     drawing = dropout_of(trainer.model)
     return None if drawing is None else f"dropout ({drawing}) draws random numbers in each process"

@@ -93,6 +93,12 @@ def check_flip_rate(args: Any, upper: float = 0.5, *, closed: bool = False) -> N
     require(inside, "flip_rate", value, f"in [0, {upper:g}{']' if closed else ')'}{hint}")
 
 
+_NEVER = {
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint, whole or not at all, without it",
+    "save_on_each_node": "all machines have to see one output_dir, into which the first one writes",
+}
+
+
 @dataclass
 class ChosenHardware:
     """Precision, device and checkpointing chosen from the hardware; the choice in words is `choices`."""
@@ -101,7 +107,7 @@ class ChosenHardware:
 
     def __post_init__(self) -> None:
         require(self.non_finite in (STOP, SKIP), "non_finite", self.non_finite, f"{STOP} or {SKIP}")
-        refuse_inherited(self, {"enable_jit_checkpoint": "SIGTERM saves a checkpoint, whole or not at all, without it"})
+        refuse_inherited(self, _NEVER)
         self.choices = choose_hardware(self)
         super().__post_init__()  # type: ignore[misc]
         let_the_cpu_shard()

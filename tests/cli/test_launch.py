@@ -16,9 +16,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
-from llmalign import launch
+from llmalign import deepspeed_ops, launch
 from llmalign.cli import main
-from llmalign.deepspeed_ops import free_from_dead, path_with_ninja
+from llmalign.deepspeed_ops import LONGEST, free_from_dead, path_with_ninja
 from llmalign.errors import UserError
 from llmalign.launched import COPIES, ENGINE, SHARDED, Promise, broken_world, broken_wrapper, promised
 from tests.invariants.launching import NEEDS_DEEPSPEED, ROOT, environment
@@ -133,7 +133,22 @@ def test_a_lock_is_removed_when_nobody_holds_it(tmp_path):
     assert not free_from_dead(lock)
     with open(lock, "w"):
         assert not free_from_dead(lock) and lock.exists()
+    os.utime(lock, (time.time() - 2 * LONGEST,) * 2)
     assert free_from_dead(lock) and not lock.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says who holds a file open")
+def test_a_young_lock_may_be_another_machine_s_and_is_waited_for(tmp_path, monkeypatch):
+    lock, waited = tmp_path / "lock", []
+    lock.touch()
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            lock.unlink()  # compiled over there
+
+    monkeypatch.setattr(deepspeed_ops.time, "sleep", sleep)
+    assert not free_from_dead(lock) and len(waited) == 3
 
 
 def test_this_python_s_own_ninja_is_found_first(monkeypatch):

@@ -12,7 +12,7 @@ from llmalign.cli import main
 from llmalign.diffusion.tiny import build_tiny
 from llmalign.hub.staging import stage
 from llmalign.loop.stages import Made, run_stage
-from llmalign.trainers.manifest import MANIFEST, read_manifest, write_model_manifest
+from llmalign.trainers.manifest import MANIFEST, files_of, read_manifest, write_manifest, write_model_manifest
 from llmalign.verify import verify
 from tests.invariants.test_resume import write_pairs
 from tests.loop.running import Bench
@@ -102,6 +102,16 @@ def test_one_checkpoint_and_one_model_can_be_named(run: Path, capsys: pytest.Cap
     assert "model: config.json is cut off or damaged" in status(capsys, model)[1]
     (run / "_incomplete" / "checkpoint-3").mkdir(parents=True)
     assert "left over, unused" in " ".join(status(capsys, run)[1].split())
+
+
+def test_weights_alone_are_whole_where_they_were_written_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = run / "checkpoint-2"
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (newest / name).unlink()
+    assert status(capsys, newest)[0] == 1
+    write_manifest(newest, files_of(newest), step=2, processes=1, rows_per_step=2)
+    code, said = status(capsys, newest)
+    assert code == 0 and "weights alone (save_only_model), which no run goes on from" in " ".join(said.split())
 
 
 def test_where_there_is_nothing_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

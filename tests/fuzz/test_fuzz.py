@@ -37,7 +37,10 @@ def check(case: Case, folder: Path) -> int:
     assert outcome.status in (0, 2), about
     assert "Traceback" not in outcome.said, about
     if outcome.status == 2:
-        assert any(line.startswith("llmalign: ") and len(line) > 20 for line in outcome.said.splitlines()), about
+        assert any(
+            line.startswith(("llmalign: ", "llmalign train: error: ")) and len(line) > 20
+            for line in outcome.said.splitlines()
+        ), about
         assert not (folder / "run" / "metrics.json").exists(), about
     else:
         assert (folder / "run" / "metrics.json").is_file(), about

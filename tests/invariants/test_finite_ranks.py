@@ -28,6 +28,7 @@ RUNS = {
     "skip-nan-accumulated": {"value": math.nan, "non_finite": "skip", "gradient_accumulation_steps": 2},
     "skip-constant": {"value": math.inf, "non_finite": "skip"},
 }
+SAVED = {"save_strategy": "steps", "save_steps": 1}
 SCRIPT = """
 import sys
 from llmalign.processes import end_processes, load_group_users
@@ -56,11 +57,13 @@ def train(start, folder, value, **options):
         ref_chosen_logps=lambda row: value if row == BAD_ROW and not constant else -40.0 - row,
         ref_rejected_logps=lambda row: -41.0 - row,
     )
-    config = PairConfig(
-        output_dir=str(folder), use_cpu=True, max_steps=STEPS, optim="sgd", learning_rate=0.01, logging_steps=1,
-        per_device_train_batch_size=4 // world // options.get("gradient_accumulation_steps", 1), save_strategy="no",
-        report_to="none", disable_tqdm=True, alarm_prompts=0, max_length=96, **options,
-    )  # fmt: skip
+    common = {
+        "output_dir": str(folder), "use_cpu": True, "max_steps": STEPS, "optim": "sgd", "learning_rate": 0.01,
+        "per_device_train_batch_size": 4 // world // options.get("gradient_accumulation_steps", 1),
+        "save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "alarm_prompts": 0,
+        "max_length": 96,
+    }  # fmt: skip
+    config = PairConfig(**{**common, **options})
     trainer = (ConstantTrainer if constant else PairTrainer)(
         model=start, args=config, train_dataset=rows, processing_class=tiny.tokenizer()
     )
@@ -81,6 +84,9 @@ def run_all(start, out, wrapper):
         assert type(trainer.model_wrapped).__name__ == wrapper and trainer.accelerator.num_processes == 2
         rank = trainer.accelerator.process_index
         (Path(out) / name / f"rank-{rank}.json").write_text(json.dumps(found))
+    # Adam makes 0 / 0 of the tokens that no row has
+    _, found = train(start, Path(out) / "weights", -40.0, optim="adamw_torch", adam_epsilon=0.0, **SAVED)
+    (Path(out) / "weights" / f"rank-{rank}.json").write_text(json.dumps(found))
 
 
 def bad_step(start, folder):
@@ -142,3 +148,6 @@ def test_both_processes_decide_alike(tmp_path, wrapper, launcher):
         guilty = {line["process"] for line in lines if line["loss"] in ("nan", "inf")}
         assert guilty == {line["process"] for line in lines if line["row"] == BAD_ROW}
         assert {line["process"] for line in lines} == {0, 1}
+    said = [json.loads((tmp_path / "two" / "weights" / f"rank-{rank}.json").read_text())["said"] for rank in range(2)]
+    assert said[0] == said[1] and said[0].startswith("Step 1 left weights that are not finite (first of ")
+    assert not list((tmp_path / "two" / "weights").glob("checkpoint-*"))

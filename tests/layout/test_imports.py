@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "export": LEAVES | {"inference", "scores"},
     "chat": LEAVES | {"inference", "scores"},
     "evaluate": LEAVES | LIBRARY | {"assets", "evaluation", "inference", "trainers"},
-    "trainers": LEAVES | LIBRARY | {"assets", "evaluation", "pickles", "processes", "sigterm"},
+    "trainers": LEAVES | LIBRARY | {"assets", "evaluation", "pickles", "processes", "secrets", "sigterm"},
     "diffusion": LEAVES | {"assets", "pickles", "processes", "losses", "data", "rewards", "trainers"},
     "methods": LEAVES | {"diffusion", "trainers"},
     "recipe": LEAVES | {"assets", "values", "data", "methods", "refusals", "trainers"},

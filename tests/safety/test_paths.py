@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pyarrow
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from llmalign.data.formats import load
 from llmalign.data.readers import open_shards
@@ -70,6 +70,26 @@ def test_a_saved_data_set_reads_only_files_beside_it(name, tmp_path: Path) -> No
     content["_data_files"] = [{"filename": name}]
     state.write_text(json.dumps(content))
     with pytest.raises(UserError, match="only files beside it are read"):
+        load(str(tmp_path / "saved"), kind="pairs")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "a/b", 3])
+def test_a_saved_data_set_reads_only_splits_beside_its_index(name, tmp_path: Path) -> None:
+    DatasetDict({"train": Dataset.from_list([ROW])}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", name]}))
+    with pytest.raises(UserError, match="only folders beside it are read"):
+        load(str(tmp_path / "saved"), kind="pairs")
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_link_in_a_saved_data_set_is_not_followed(what, tmp_path: Path) -> None:
+    DatasetDict({"train": Dataset.from_list([ROW])}).save_to_disk(tmp_path / "saved")
+    linked = tmp_path / "saved" / "train"
+    if what == "file":
+        linked = next(linked.glob("*.arrow"))
+    linked.rename(tmp_path / "outside")
+    linked.symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="is a link to what lies outside"):
         load(str(tmp_path / "saved"), kind="pairs")
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmalign import PairConfig, PairTrainer
 from llmalign.cli import main
 from llmalign.errors import UserError
 from llmalign.secrets import HIDDEN, Redacting, redacted
+from llmalign.trainers.run_folder import record_run
 from llmalign.values import convert
 from tests.trainers import tiny
+from tests.trainers.building import build
 from tests.trainers.toy_runs import make
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwx"
@@ -68,3 +71,16 @@ def test_a_run_tells_no_token(wrong, tmp_path, capfd, caplog) -> None:
 
 def _holding(folder: Path, token: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+
+
+def test_a_token_for_loading_the_model_is_written_nowhere(tmp_path: Path) -> None:
+    given = {"token": TOKEN, "attn_implementation": "eager"}
+    trainer = build(PairTrainer, PairConfig, tiny.model(), tmp_path / "run", save_steps=1, save_strategy="steps",
+                    max_steps=1)  # fmt: skip
+    trainer.args.model_init_kwargs = given
+    trainer.train()
+    record_run(tmp_path / "run", {"model_init_kwargs": given, "eos_token": "</s>"})
+    assert not _holding(tmp_path, TOKEN)
+    assert trainer.args.model_init_kwargs == given
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert kept == {"model_init_kwargs": {"token": HIDDEN, "attn_implementation": "eager"}, "eos_token": "</s>"}

@@ -5,6 +5,7 @@ import torch
 
 from llmalign import CoPGConfig, DPOConfig, INPOConfig, PairConfig, RDPOConfig, RewardConfig, RPOConfig, SFTConfig
 from llmalign.errors import UserError
+from llmalign.trainers.pf_ppo_config import PFPPOConfig
 
 ALL = [CoPGConfig, DPOConfig, INPOConfig, PairConfig, RDPOConfig, RPOConfig, RewardConfig, SFTConfig]
 
@@ -71,6 +72,10 @@ def test_paper_values():
         (RPOConfig, {"disable_dropout": False}, "dropout makes policy and reference differ"),
         (RPOConfig, {"neftune_noise_alpha": 5.0}, "noise in the embeddings"),
         (RPOConfig, {"truncation_mode": "keep_end"}, "only keep_start"),
+        (RPOConfig, {"learning_rate": 1e300}, r"learning_rate must be at most 3.4e\+38"),
+        (RPOConfig, {"max_length": 10**400}, "max_length must be at most"),
+        (PFPPOConfig, {"reward_clip": 1e300}, "reward_clip must be at most"),
+        (RPOConfig, {"save_on_each_node": True}, "save_on_each_node=True .*one output_dir"),
     ],
 )  # fmt: skip
 def test_bad_values_get_one_sentence(config, options, words, tmp_path):

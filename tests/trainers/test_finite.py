@@ -251,6 +251,41 @@ def test_rows_of_trl_s_trainers_are_found_again(tmp_path, kind):
         assert row["prompt"] in text and row.get("completion", row.get("chosen")) in text
 
 
+def test_weights_that_the_optimizer_broke_are_not_saved(tmp_path):
+    """Adam without epsilon makes 0 / 0 of the tokens that no row has, from a finite gradient."""
+    trainer = pair_trainer(tmp_path, save_strategy="steps", save_steps=1, adam_epsilon=0.0)
+    trainer.train_dataset = trainer.train_dataset.select([row for row in range(ROWS) if row != NAN_ROW])
+    with pytest.raises(UserError) as stopped:
+        trainer.train()
+    for words in ("Step 1 left weights that are not finite (first of model.embed_tokens.weight)", "adam_epsilon"):
+        assert words in str(stopped.value)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("how", ["train", "evaluate"])
+def test_the_last_step_s_weights_are_looked_at(tmp_path, how):
+    trainer = pair_trainer(tmp_path, max_steps=1, save_strategy="no")
+    trainer.train_dataset = trainer.train_dataset.select([0, 1])
+    if how == "train":
+        trainer.args.adam_epsilon = 0.0
+        with pytest.raises(UserError, match="Step 1 left weights that are not finite"):
+            trainer.train()
+        return
+    trainer.require_finite_weights()
+    trainer.model.lm_head.weight.data[3, 1] = -math.inf
+    with pytest.raises(UserError, match=r"has weights that are not finite \(first of lm_head.weight\)"):
+        trainer.evaluate(trainer.train_dataset)
+
+
+@pytest.mark.parametrize("method", ["copg", "fdpg", "pf_ppo"])
+def test_weights_that_are_not_finite_are_not_sampled_from(tmp_path, method):
+    again = {"num_iterations": 1} if method == "pf_ppo" else {}  # so that step 2 samples
+    trainer = sampled_runs.build(method, tmp_path, max_steps=4, **again)
+    trainer.add_callback(Watch(2, lambda: trainer.model.lm_head.weight))
+    with pytest.raises(UserError, match=r"Step 1 left weights that are not finite \(first of lm_head.weight\)"):
+        trainer.train()
+
+
 def test_the_key_is_checked(tmp_path):
     with pytest.raises(UserError, match="non_finite must be stop or skip, got 'ignore'"):
         ToyConfig(output_dir=str(tmp_path), bf16=False, non_finite="ignore")

@@ -15,6 +15,7 @@ from llmalign.errors import UserError
 from llmalign.trainers.manifest import MANIFEST, files_of, write_manifest
 from llmalign.trainers.resuming import check_whole, find_resumable, resolve_resume
 from llmalign.trainers.run_folder import guard_output_dir, record_run
+from llmalign.trainers.soundness import fault
 from tests.trainers.toy_runs import make, small_llama
 
 
@@ -86,6 +87,16 @@ def test_a_damaged_file_is_an_error_that_names_it(name: str, damage: str, run: P
     path.write_bytes(damaged[damage])
     with pytest.raises(UserError, match=f"{name} is cut off or damaged"):
         check_whole(run / "checkpoint-6")
+
+
+@pytest.mark.parametrize("place, value", [(8, 1), (10, 99)])
+def test_a_flipped_byte_that_calls_an_archive_encrypted_or_newer_is_damage(place: int, value: int, run: Path) -> None:
+    """In the entry of the archive's directory, whose flags are at 8 and whose method is at 10."""
+    file = remove_manifests(run) / "checkpoint-4" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + place] = value
+    file.write_bytes(bytes(content))
+    assert "optimizer.pt is cut off or damaged" in fault(run / "checkpoint-4", 1)
 
 
 def test_weights_longer_than_their_header_says_are_damaged(run: Path) -> None:

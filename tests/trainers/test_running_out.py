@@ -1,7 +1,9 @@
 """Memory, disk and rights that run out for real: the sentence, what is left of the run, and that it goes on."""
 
 import errno
+import os
 import resource
+import time
 from dataclasses import replace
 
 import pytest
@@ -19,8 +21,10 @@ from llmalign.trainers.running_out import (
     MEMORY,
     Resources,
     estimated_checkpoint,
+    remove_half_written,
     require_writable,
     shortage,
+    where_to_go_on,
 )
 from tests.trainers.toy_runs import make, names
 
@@ -183,6 +187,29 @@ def test_a_refusal_stays_a_refusal(tmp_path):
     with pytest.raises(UserError) as raised, Resources(make(tmp_path).args, peft=False):
         raise UserError("the reference is given twice")
     assert not isinstance(raised.value, OneProcessError)
+
+
+def test_only_what_the_run_began_to_write_is_removed(tmp_path):
+    began = time.time()
+    for name in ("notes.json", "model.ggml.bin", "own.tmp", "config.json", "model.tmp"):
+        (tmp_path / name).write_text("cut off")
+    for name in ("notes.json", "model.ggml.bin", "own.tmp"):
+        os.utime(tmp_path / name, (began - 60,) * 2)
+    (tmp_path / ASIDE).mkdir()
+    assert remove_half_written(tmp_path, began)
+    assert names(tmp_path) == ["model.ggml.bin", "notes.json", "own.tmp"]
+
+
+def test_where_to_go_on_promises_what_is_kept(tmp_path):
+    assert where_to_go_on(str(tmp_path)) == "--resume auto starts from the beginning (there is no checkpoint yet)"
+    make(tmp_path, max_steps=4).train()
+    assert where_to_go_on(str(tmp_path)) == "--resume auto goes on from checkpoint-4"
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    assert where_to_go_on(str(tmp_path)) == "--resume auto goes on from checkpoint-2"
+    (tmp_path / "checkpoint-2" / "scheduler.pt").write_bytes(b"")
+    assert "can be gone on from" in where_to_go_on(str(tmp_path)) and find_resumable(tmp_path)[0] is None
+    make(tmp_path / "alone", max_steps=2, save_only_model=True).train()
+    assert where_to_go_on(str(tmp_path / "alone")).startswith("a new run can start from the weights in checkpoint-2")
 
 
 def test_a_folder_is_tried_and_left_as_it_was(tmp_path):

@@ -128,7 +128,7 @@ def test_the_run_goes_on_with_the_same_rows_to_the_same_weights(
     on[first](tmp_path / "log", trained, case, model, whole, None)
     on[then](tmp_path / "log", trained, case, model, other, str(whole / MIDDLE))
     log = (tmp_path / "log").read_text()
-    assert f"written by {first} process(es) and this run has {then}: each step has the rows" in log
+    assert f"written by {first} process(es) with {4 // first} rows at a time and this run has {then} with" in log
     assert log.count("each step has the rows that it would have had") == 1, "of several processes one says it"
     rows, gone_on = steps_of(whole), steps_of(other)
     assert set(rows) == set(range(STEPS)) and gone_on == {step: rows[step] for step in (3, 4, 5)}
@@ -225,7 +225,7 @@ def test_rows_that_fill_up_a_batch_and_dropout_are_refused_where_they_count(
     start: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CASES, "odd", (*CASES["reward"][:3], 7, {}))
-    with pytest.raises(UserError, match="the 7 rows are no multiple of the 4 .* repeating rows: start 2"):
+    with pytest.raises(UserError, match="the 7 rows are no multiple of the 4 .* repeating rows: take 2 process"):
         check_split(built("odd", start, tmp_path, 1), checkpoint)
     monkeypatch.setitem(CASES, "dropping", (*CASES["sft"][:4], {"peft": True}))
     adapted = built("dropping", start, tmp_path, 1)
@@ -236,6 +236,23 @@ def test_rows_that_fill_up_a_batch_and_dropout_are_refused_where_they_count(
     own = make(tmp_path / "toy", per_device_train_batch_size=4)  # whose attention drops a share of 0.2
     with pytest.raises(UserError, match=r"because dropout \(model.layers.0.self_attn.attention_dropout\) draws random"):
         check_split(own, checkpoint)
+
+
+def test_other_micro_batches_on_as_many_processes_are_looked_at_alike(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    monkeypatch.setitem(CASES, "odd", (*CASES["reward"][:3], 7, {}))
+    built("odd", start, tmp_path / "run", 1, max_steps=3).train()
+    kept = tmp_path / "run" / MIDDLE
+    check_split(built("odd", start, tmp_path / "same", 1), kept)
+    check_split(built("reward", start, tmp_path / "eight", 1, **halves), kept)
+    with pytest.raises(UserError, match="the 7 rows are no multiple .*: 4$"):
+        check_split(built("odd", start, tmp_path / "halves", 1, **halves), kept)
+    toy = make(tmp_path / "toy", max_steps=2, per_device_train_batch_size=4)  # with dropout
+    toy.train()
+    with pytest.raises(UserError, match="1 process.* with 4 rows at a time and this run has 1 with 2, .* dropout"):
+        check_split(make(tmp_path / "other", **halves), tmp_path / "toy" / "checkpoint-2")
 
 
 def test_recipes_may_share_out_their_rows_anew_and_not_take_others(tmp_path: Path) -> None:
