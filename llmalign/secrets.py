@@ -7,10 +7,11 @@ from typing import Any
 
 HIDDEN = "(not shown)"
 SECRET_KEY = re.compile(
-    r"(^|[_.-])(token|secret|passw(or)?d|passphrase|api_?key|credentials?|access_?key|private_?key|authorization)s?$",
+    r"(^|[_.-])(token|secret|secret_?key|passw(or)?d|passphrase|api_?key|credentials?|access_?key|private_?key|auth"
+    r"|authorization)s?$|(access|auth|api|bearer|hub|refresh)token$",
     re.IGNORECASE,
 )
-NO_SECRET = re.compile(r"(^|_)(eos|bos|pad|unk|sep|cls|mask|image|stop|eot|special)_tokens?$")
+NO_SECRET = re.compile(r"(^|_)(eos|bos|pad|unk|sep|cls|mask|image|video|audio|stop|eot|special)_tokens?$")
 SECRET_TEXT = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}\b"
     r"|\bBearer\s+[\w.~+/-]{12,}=*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)",

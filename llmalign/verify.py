@@ -20,6 +20,7 @@ from llmalign.trainers.manifest import (
     read_manifest,
 )
 from llmalign.trainers.resuming import ASIDE
+from llmalign.trainers.running_out import in_units
 from llmalign.trainers.soundness import WEIGHTS, WEIGHTS_ALONE, broken, lost_manifest, missing, writers_of
 
 RECORDS = ("run.json", "metrics.json", "trainer_state.json", "sweep.json", "loop.json", "rounds.json")
@@ -61,7 +62,7 @@ def table(found: list[Verified]) -> Table:
         shown.add_column(name, justify="left" if name in ("what", "verdict") else "right", overflow="fold")
     for one in found:
         step = "" if one.step is None else f"{one.step:,}"
-        shown.add_row(one.name, step, _in_words(one.size), f"{one.files:,}", one.verdict)
+        shown.add_row(one.name, step, in_units(one.size), f"{one.files:,}", one.verdict)
     return shown
 
 
@@ -168,12 +169,3 @@ def _readable(record: Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _in_words(size: int) -> str:
-    value = float(size)
-    for unit in ("B", "KB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:,.3g} TB"
