@@ -87,7 +87,6 @@ def text_facts(recipe: Recipe, target: Target, path: str, rows: int | None) -> F
     state = optimizer_state(optimizer, trained, momentum="momentum" in (config.optim_args or ""))
     if state is None:
         notes.append(UNKNOWN_OPTIMIZER.format(optimizer))
-    scale = 0.5 if weights.trained_bytes < 4 * weights.trained else 1.0  # states are as wide as the weights
     return Facts(
         recipe=recipe,
         config=config,
@@ -96,7 +95,7 @@ def text_facts(recipe: Recipe, target: Target, path: str, rows: int | None) -> F
         checkpointing=checkpointing,
         outline=outline,
         weights=weights,
-        state=(state or 0.0) * scale,
+        state=state or 0.0,
         lengths=lengths,
         evaluated=evaluated,
         reports=reports,

@@ -6,18 +6,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.training_args import OptimizerNames
 
-from llmalign.diffusion.configs import DiffusionPreferenceConfig
 from llmalign.diffusion.embedded import pipeline_path
 from llmalign.diffusion.online_configs import PREVIOUS, D3POConfig
 from llmalign.diffusion.outline import PipelineOutline, pipeline_outline
 from llmalign.diffusion.rollouts import guided
 from llmalign.diffusion.scores import denoising_errors
+from llmalign.diffusion.seppo import SePPOConfig
 from llmalign.errors import UserError
 from llmalign.image_work import image_work
-from llmalign.plan.facts import Target, precision
+from llmalign.plan.facts import UNKNOWN_OPTIMIZER, Target, precision
 from llmalign.plan.memory import optimizer_state
 from llmalign.plan.outline import Weights
+from llmalign.plan.rows import steps_of
 from llmalign.plan.sharding import SHARDED, Device, Held, spread
 from llmalign.plan.text import SAMPLING, STEPPING, TRAINING
 from llmalign.plan.trace import LOSS, REFERENCE, Ledger, Peak, largest, traced, weightless, without_numbers
@@ -61,12 +63,17 @@ class ImagePlan:
             largest_layer=max(sizes, default=0),
             outside=max(self.count - sum(sizes), 0),
         )
-        optimizer = str(getattr(self.config.optim, "value", self.config.optim))
+        optimizer = OptimizerNames(self.optimizer).value
         state = optimizer_state(optimizer, [tuple(weight.shape) for weight in trained])
         if state is None:
-            self.notes.append(f"the optimizer {optimizer} is not known here: its state is not modelled")
+            self.notes.append(UNKNOWN_OPTIMIZER.format(optimizer))
         self.state = state or 0.0
         self.vae_numbers = sum(map(torch.numel, self.outline.vae().parameters()))
+
+    @property
+    def optimizer(self) -> Any:
+        """As the config names it."""
+        return self.config.optim
 
     @property
     def lora(self) -> tuple[int, int, Any] | None:
@@ -197,14 +204,26 @@ class ImagePlan:
                 self._known[key] = largest(list(traced(denoiser, make(denoiser), gradients=gradients).values()))
         return self._known[key]
 
-    def steps(self, rows_a_step: int) -> tuple[int, int]:
-        """Rows of an epoch as the trainer counts them, and its optimizer steps in all."""
+    @property
+    def rows_of_run(self) -> int:
+        """Rows of an epoch; those of all rounds, where pictures are drawn."""
         args = self.config
-        rows, epochs = self.rows, args.num_train_epochs
-        if self.online:
-            kept = max(1, round(args.timestep_fraction * self.outline.stochastic_steps(args, self.resolution)))
-            rows, epochs = args.rounds * args.pairs_per_round * kept * args.inner_epochs, 1.0
-        return rows, args.max_steps if args.max_steps > 0 else -(-int(rows * epochs) // rows_a_step)
+        if not self.online:
+            return self.rows
+        kept = max(1, round(args.timestep_fraction * self.outline.stochastic_steps(args, self.resolution)))
+        return int(args.rounds * args.pairs_per_round * kept * args.inner_epochs)
+
+    def steps(self, size: int, accumulation: int) -> int:
+        """Optimizer steps of the run with this batch on each device."""
+        args = self.config
+        epochs = 1.0 if self.online else args.num_train_epochs
+        return steps_of(self.rows_of_run, size, accumulation, self.target.devices, epochs, args.max_steps)
+
+    def epochs(self, rows: int) -> float:
+        """Passes over the rows of the run in which so many are trained on."""
+        if self.config.max_steps <= 0:
+            return 1.0 if self.online else self.config.num_train_epochs
+        return rows / max(self.rows_of_run, 1)
 
 
 def image_plan(recipe: Recipe, target: Target, rows: int | None) -> ImagePlan:
@@ -225,6 +244,6 @@ def image_plan(recipe: Recipe, target: Target, rows: int | None) -> ImagePlan:
 def _unmodelled(config: Any) -> Iterator[str]:
     if isinstance(config, D3POConfig):
         yield "not modelled: what reward functions hold (a CLIP model, where one judges) and how long they take"
-    elif isinstance(config, DiffusionPreferenceConfig) and "checkpoint_every" in vars(config):
+    elif isinstance(config, SePPOConfig):
         yield "not modelled: sampling the other side from past checkpoints, and their adapters"
     yield "pictures and captions that were encoded are read from the disk, batch by batch, and not counted"

@@ -4,7 +4,6 @@ All sizes are bytes. What belongs to which part, and how many bytes a number of 
 spread over devices is `sharding`.
 """
 
-GIB = 2**30
 GB = 1e9
 
 #: bytes of optimizer state for each number that is trained, by transformers' names, weights in float32

@@ -84,8 +84,6 @@ class Sized:
         self.passes = Passes(self.outline)
         self.batch = Lengths.alike(ROWS, PROMPT, [ANSWER, ANSWER])
         self.state = optimizer_state("adamw_torch_fused", [(self.weights.trained,)]) or 0.0
-        if way == LORA_4BIT:  # such adapters are in bfloat16, and so are their states
-            self.state /= 2
 
     def peak(self, config: str) -> Peak:
         """Of a training pass with checkpointing, the reference looked up."""

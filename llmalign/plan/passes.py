@@ -23,7 +23,7 @@ from llmalign.scores.scoring import PADDED, Scorer
 from llmalign.trainers.fused_head import add_trl_head
 
 CPU = torch.device("cpu")
-OURS, SFT, DPO, SCORER = STEPS = ("scores", "sft", "dpo", "scorer")
+OURS, SFT, DPO, SCORER = ("scores", "sft", "dpo", "scorer")
 
 
 class Unbroken(Forest):

@@ -35,10 +35,9 @@ def _run(plan: Plan) -> Table:
             f"{counts.rows:,} rows; longest sequence {counts.longest:,} tokens; read {plan.layout}, "
             f"{counts.padding:.0%} of it padding",
         )
-        each = counts.fed / max(counts.rows, 1) * plan.total
+        each = counts.fed / max(counts.rows, 1) * plan.total / plan.group
         if plan.steps * plan.total:
-            passes = plan.steps * plan.total / max(counts.rows, 1)
-            table.add_row("tokens", f"about {each:,.0f} a step, {counts.fed * passes:,.0f} in all")
+            table.add_row("tokens", f"about {each:,.0f} a step, {each * plan.steps:,.0f} in all")
     else:
         table.add_row("data", plan.layout)
     for name, report in plan.doctor.items():
@@ -47,9 +46,10 @@ def _run(plan: Plan) -> Table:
             f"doctor, {name}", f"{report['rows']:,} rows read, {found:,} findings (llmalign doctor says which)"
         )
     devices = plan.target.devices
+    rows = "rows" if plan.group == 1 else "completions"
     table.add_row(
         "a step",
-        f"{plan.total:,} rows: {plan.size} at a time, {plan.accumulation} times"
+        f"{plan.total:,} {rows}: {plan.size} at a time, {plan.accumulation} times"
         + (f", on {devices} devices" if devices > 1 else "")
         + (", with activation checkpointing" if plan.checkpointing else ""),
     )
@@ -121,9 +121,8 @@ def sentences(plan: Plan) -> Iterable[str]:
         yield "Beside it Python and its libraries take some 0.6 GB."
     if plan.choice is not None and plan.command is not None:
         yield f"Fits with {plan.choice.config}: {size(plan.choice.device.total)} a device."
-        rows = plan.choice.size * plan.choice.accumulation * plan.target.devices
-        if rows != plan.total:
-            yield f"A step then has {rows} rows in place of {plan.total}."
+        if plan.total != plan.wanted:
+            yield f"A step then has {plan.total} rows in place of {plan.wanted}."
         yield f"  {plan.command}"
     elif plan.ways_out:
         yield "Nothing fits. What would: " + "; ".join(plan.ways_out) + "."

@@ -174,10 +174,12 @@ def steps_of(rows: int, batch: int, accumulation: int, processes: int, epochs: f
     return math.ceil(epochs * max(math.ceil(batches / accumulation), 1))
 
 
-def sampled_steps(prompts: int, group: int, args: Any, processes: int) -> int:
-    """Optimizer steps of a run that samples: whole rollouts alone, each passed over `num_iterations` times."""
-    if args.max_steps > 0:
-        return args.max_steps
-    rollout = args.per_device_train_batch_size * args.steps_per_generation * processes // group
-    batches = prompts // max(rollout, 1) * args.num_iterations * args.steps_per_generation
-    return math.ceil(args.num_train_epochs * max(batches // args.gradient_accumulation_steps, 1))
+def sampled_steps(prompts: int, rollout: int, passes: int, accumulation: int, epochs: float, max_steps: int) -> int:
+    """Optimizer steps of a run that samples: whole rollouts of so many prompts alone, each in `passes` micro-batches.
+
+    Micro-batches of all passes over a rollout (`num_iterations`) are counted.
+    """
+    if max_steps > 0:
+        return max_steps
+    batches = prompts // max(rollout, 1) * passes
+    return math.ceil(epochs * max(batches // accumulation, 1))

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmalign.errors import UserError
+from llmalign.plan.allowed import configs_for
 from llmalign.plan.calibrate import SMALL, Steps, calibrated
 from llmalign.plan.facts import PROMPTS, Target, text_facts
-from llmalign.plan.rows import Counts, counted, sampled_steps, steps_of
-from llmalign.plan.sharding import CONFIGS, DDP, FSDP2, SINGLE, ZERO1, ZERO3, Device
+from llmalign.plan.rows import Counts, counted
+from llmalign.plan.sharding import DDP, FSDP2, ZERO1, ZERO3, Device
 from llmalign.plan.suggest import Choice, accumulation_for, choose, command, usable
 from llmalign.plan.text import TextPlan
 from llmalign.plan.timing import H100, Machine, communication, operations, step_seconds, work_of
@@ -23,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Plan:
-    """What is told of a run. Sizes are bytes, times seconds."""
+    """What is told of a run. Sizes are bytes, times seconds.
+
+    `total` are the rows of a step on all devices, `wanted` those that the recipe has on one; where completions are
+    sampled they are meant, `group` of each row of the data.
+    """
 
     recipe: str
     method: str
@@ -35,6 +40,7 @@ class Plan:
     layout: str
     size: int
     accumulation: int
+    wanted: int
     total: int
     checkpointing: bool
     steps: int
@@ -44,6 +50,7 @@ class Plan:
     moment: str
     table: dict[str, tuple[Device, str]]
     counts: Counts | None = None
+    group: int = 1
     partial: bool = False  # sums lack what could not be told, so that nothing is known to fit
     choice: Choice | None = None
     command: str | None = None
@@ -149,13 +156,24 @@ def plan(
     if calibrate or (calibrate is None and here and read and target.devices == 1 and made.parameters <= SMALL):
         if not read:
             raise UserError("--calibrate runs real steps, for which the data and the model have to be there")
-        made.calibration = calibrated(recipe, None if recipe.method.of_images else engine.facts.lengths)
+        made.calibration = calibrated(_as_told(recipe, made), None if recipe.method.of_images else engine.facts.lengths)
         made.seconds = made.steps * made.calibration.step(made.accumulation)
     return made
 
 
-def _configs(known: Iterable[str], devices: int) -> list[str]:
-    return [name for name in known if (name == SINGLE) == (devices == 1)]
+def _as_told(recipe: Recipe, made: Plan) -> Recipe:
+    """The recipe with the batch that the plan tells of."""
+    if made.choice is None:
+        return recipe
+    own = {"per_device_train_batch_size": made.size, "gradient_accumulation_steps": made.accumulation}
+    return replace(recipe, config={**recipe.config, **own, "activation_checkpointing": made.checkpointing})
+
+
+def _counted(made: Plan, engine: Any) -> None:
+    """Rows and number of the steps, from the batch that the plan tells of."""
+    made.total = made.size * made.accumulation * made.target.devices
+    made.steps = engine.steps(made.size, made.accumulation)
+    made.epochs = engine.epochs(made.steps * made.total)
 
 
 def _text(engine: TextPlan) -> Plan:
@@ -165,12 +183,8 @@ def _text(engine: TextPlan) -> Plan:
     total = size * accumulation
     if target.devices > 1:
         accumulation = accumulation_for(total, size, target.devices)
-    configs = _configs(_allowed(engine), target.devices)
+    configs = configs_for(engine, target.devices)
     table = {name: engine.device(name, size, accumulation, checkpointing=facts.checkpointing) for name in configs}
-    if facts.kind == PROMPTS:
-        steps = sampled_steps(len(facts.lengths), facts.group, args, target.devices)
-    else:
-        steps = steps_of(len(facts.lengths), size, accumulation, target.devices, args.num_train_epochs, args.max_steps)
     batch = max(size // facts.group, 1) if facts.kind == PROMPTS else size
     counts = counted(engine.rows, engine.layout, batch, repeats=engine.layout != SHARED_PROMPT)
     made = Plan(
@@ -184,18 +198,21 @@ def _text(engine: TextPlan) -> Plan:
         layout=engine.layout,
         size=size,
         accumulation=accumulation,
+        wanted=total,
         total=total,
         checkpointing=facts.checkpointing,
-        steps=steps,
-        epochs=args.num_train_epochs if args.max_steps <= 0 else args.max_steps * total / max(len(facts.lengths), 1),
+        steps=0,
+        epochs=0.0,
         shown=configs[0],
         device=table[configs[0]][0],
         moment=table[configs[0]][1],
         table=table,
         counts=counts,
+        group=facts.group if facts.kind == PROMPTS else 1,
         doctor={name: report.as_dict() for name, report in facts.reports.items()},
         notes=facts.notes,
     )
+    _counted(made, engine)
     if target.cuda:
         made.machine = H100
         made.estimated = _estimated(engine, made)
@@ -207,26 +224,6 @@ def _precision(bf16: bool, dtype: str) -> str:
     return f"weights in {held}, computed in {'bfloat16' if bf16 else held}"
 
 
-def _allowed(engine: TextPlan) -> list[str]:
-    """Configs under which the method can be trained."""
-    facts, known = engine.facts, list(CONFIGS)
-    sharded = [name for name in known if name not in (SINGLE, DDP)]
-    refused: list[str] = []
-    if engine.beside:
-        refused = sharded
-        facts.notes.append("critic: model is one process or DDP alone")
-    elif facts.method == "pf_ppo" and facts.config.advantage == "gae":
-        refused = [FSDP2]
-        facts.notes.append("a critic is not trained under FSDP2")
-    elif facts.method == "rpo" and facts.config.base == "reference":
-        refused = sharded
-        facts.notes.append("base: reference cannot draw from a sharded model")
-    if facts.kind == PROMPTS and facts.config.reward_models:
-        refused = [*refused, ZERO3]
-        facts.notes.append("reward models are not gathered under ZeRO-3")
-    return [name for name in known if name not in refused]
-
-
 def _estimated(engine: TextPlan, made: Plan) -> tuple[float, float]:
     """Seconds of the run on such machines, sending hidden behind computing and not."""
     facts, counts = engine.facts, made.counts
@@ -234,9 +231,7 @@ def _estimated(engine: TextPlan, made: Plan) -> tuple[float, float]:
     config = facts.outline.config.get_text_config()
     heads = config.num_attention_heads
     width = (config.to_dict().get("head_dim") or config.hidden_size // heads) * heads * facts.outline.layers
-    share = made.total / max(counts.rows, 1)
-    if facts.kind == PROMPTS:
-        share /= facts.group
+    share = made.total / made.group / max(counts.rows, 1)
     work = work_of(engine.rows, engine.layout, counts.fed) * share
     name = made.choice.config if made.choice is not None else next(iter(made.table))
     frozen = int(engine.scores_reference and not engine.ahead(name))
@@ -256,7 +251,7 @@ def _estimated(engine: TextPlan, made: Plan) -> tuple[float, float]:
     reference = facts.weights.count * frozen if facts.kind != PROMPTS else 0
     sent = communication(name, devices, facts.weights.count, facts.weights.trained, size, reference)
     if name not in (DDP, ZERO1):  # which reduce once a step
-        sent *= made.choice.accumulation if made.choice is not None else made.accumulation
+        sent *= made.accumulation
     machine = made.machine
     assert machine is not None
     low, high = step_seconds(done / devices, sent, machine, devices)
@@ -269,11 +264,10 @@ def _image(engine: Any) -> Plan:
     total = size * accumulation
     if target.devices > 1:
         accumulation = accumulation_for(total, size, target.devices)
-    configs = _configs(CONFIGS, target.devices)
+    configs = configs_for(engine, target.devices)
     table = {name: engine.device(name, size, accumulation, checkpointing=engine.checkpointing) for name in configs}
-    rows, steps = engine.steps(size * accumulation * target.devices)
     side = engine.resolution
-    return Plan(
+    made = Plan(
         recipe=engine.recipe.path,
         method=engine.recipe.method.name,
         model=engine.outline.path,
@@ -281,19 +275,22 @@ def _image(engine: Any) -> Plan:
         parameters=engine.weights.count,
         trained=engine.weights.trained,
         precision=_precision(engine.bf16, str(engine.outline.dtype)),
-        layout=f"two pictures of {side} x {side} a row, {rows:,} rows",
+        layout=f"two pictures of {side} x {side} a row, {engine.rows_of_run:,} rows",
         size=size,
         accumulation=accumulation,
+        wanted=total,
         total=total,
         checkpointing=engine.checkpointing,
-        steps=steps,
-        epochs=steps * total / max(rows, 1),
+        steps=0,
+        epochs=0.0,
         shown=configs[0],
         device=table[configs[0]][0],
         moment=table[configs[0]][1],
         table=table,
         notes=engine.notes,
     )
+    _counted(made, engine)
+    return made
 
 
 def _suggest(made: Plan, engine: Any, recipe: Recipe, given: Iterable[str]) -> None:
@@ -312,7 +309,7 @@ def _suggest(made: Plan, engine: Any, recipe: Recipe, given: Iterable[str]) -> N
         measure,
         memory=memory,
         size=made.size,
-        total=made.total,
+        total=made.wanted,
         devices=made.target.devices,
         checkpointing=made.checkpointing,
         unit=unit,
@@ -320,6 +317,9 @@ def _suggest(made: Plan, engine: Any, recipe: Recipe, given: Iterable[str]) -> N
     )
     if made.choice is not None:
         made.shown, made.device, made.moment = made.choice.config, made.choice.device, made.choice.moment
+        made.size, made.accumulation = made.choice.size, made.choice.accumulation
+        made.checkpointing = made.choice.checkpointing
+        _counted(made, engine)
         made.command = command(recipe.path, made.choice, made.target.devices, given)
         if made.machine is not None and isinstance(engine, TextPlan):
             made.estimated = _estimated(engine, made)
@@ -346,8 +346,9 @@ def _ways_out(made: Plan, engine: Any, recipe: Recipe) -> Iterable[str]:
         while more < 512:
             more *= 2
             engine.facts.target = replace(made.target, devices=more)
+            known = configs_for(engine, more)
             for name in (FSDP2, ZERO3):
-                if name in _allowed_again(made) and engine.floor(name) <= usable(memory):
+                if name in known and engine.floor(name) <= usable(memory):
                     device, _ = engine.device(name, _least(recipe), 1, checkpointing=True)
                     if device.total <= usable(memory):
                         engine.facts.target = made.target
@@ -362,10 +363,6 @@ def _ways_out(made: Plan, engine: Any, recipe: Recipe) -> Iterable[str]:
     )
 
 
-def _allowed_again(made: Plan) -> Iterable[str]:
-    return made.table if len(made.table) > 1 else CONFIGS
-
-
 def _least(recipe: Recipe) -> int:
     return recipe.training_config().num_generations if recipe.method.kind == PROMPTS else 1
 
@@ -373,7 +370,7 @@ def _least(recipe: Recipe) -> int:
 def _if_fits(words: str, recipe: Recipe, target: Target) -> Iterable[str]:
     path = model_path(str(recipe.model_config().model_name_or_path))
     engine = TextPlan(text_facts(recipe, target, path, 1000))
-    known = _configs(_allowed(engine), target.devices)
+    known = configs_for(engine, target.devices)
     memory = usable(target.memory or 0.0)
     for name in known:
         if engine.floor(name) > memory:

@@ -1,7 +1,8 @@
 """How the parts of a run are spread over devices, config by config (`accelerate_configs/`), in bytes a device.
 
-N devices. Under `bf16` DeepSpeed's engines hold the weights in bfloat16; DDP, one process and FSDP2 keep those that are
-trained in float32 and compute in bfloat16.
+N devices. Under `bf16` DeepSpeed's engines hold the weights in bfloat16 and step on a float32 copy; DDP and one process
+keep those that are trained as they were loaded (in float32, unless the recipe has another dtype), FSDP2 in float32, and
+compute in bfloat16.
 
     single, ddp      weights, gradients and state whole; DDP adds its buckets, as large as the gradients
     zero1            weights and gradients whole in bfloat16; float32 weights and state / N
@@ -74,7 +75,9 @@ def _states(config: str, devices: int, held: Held, peak: Peak) -> tuple[dict[str
     """Weights, gradients, optimizer and what is gathered or reduced, a device; and the host's share."""
     weights, trained = held.weights, held.weights.trained
     if config in (SINGLE, DDP):
-        parts = {"weights": weights.bytes, "gradients": peak.gradients, "optimizer": held.state}
+        # torch's optimizers keep a state that is as wide as the weights
+        state = held.state * min(weights.trained_bytes / max(4.0 * trained, 1.0), 1.0)
+        parts = {"weights": weights.bytes, "gradients": peak.gradients, "optimizer": state}
         if config == DDP:
             parts["gradients"] = weights.trained_bytes
             parts["DDP's buckets"] = weights.trained_bytes
@@ -84,10 +87,12 @@ def _states(config: str, devices: int, held: Held, peak: Peak) -> tuple[dict[str
         outside, layer = min(weights.outside, weights.count), weights.largest_layer
         gathered = (outside + 2 * layer) * size
         share = min(weights.trained / max(weights.count, 1), 1.0)
+        width = 4.0 if held.bf16 else weights.trained_bytes / max(trained, 1)
+        own = width * trained
         return {
-            "weights": weights.bytes / devices,
-            "gradients": weights.trained_bytes / devices,
-            "optimizer": held.state / devices,
+            "weights": (weights.bytes - weights.trained_bytes + own) / devices,
+            "gradients": own / devices,
+            "optimizer": held.state * width / 4 / devices,
             "gathered weights": gathered,
             "gradients before they are reduced": (outside + layer) * size * share,
         }, 0.0

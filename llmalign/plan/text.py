@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from llmalign.plan.facts import GROUPS, PAIRS, PROMPTS, TEXT, Facts, frozen_outl
 from llmalign.plan.memory import FOREACH, generation_cache, head_logits, sampling_logits
 from llmalign.plan.outline import Weights
 from llmalign.plan.passes import DPO, OURS, SCORER, SFT, Pass, Passes
-from llmalign.plan.rows import Lengths, longest_batch
+from llmalign.plan.rows import Lengths, longest_batch, sampled_steps, steps_of
 from llmalign.plan.sharding import DEEPSPEED, SHARDED, SINGLE, Device, Held, spread
 from llmalign.plan.trace import Peak
 from llmalign.scores.scoring import PADDED
@@ -51,6 +52,38 @@ class TextPlan:
         size = np.full(len(prompts) * count, facts.config.max_completion_length)
         facts.notes.append("sampled completions are taken at their longest, max_completion_length")
         return Lengths(prompts, size, np.full(len(prompts), count))
+
+    @property
+    def optimizer(self) -> Any:
+        """As the config names it."""
+        return self.facts.config.optim
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def rollout_parts(self, size: int, accumulation: int) -> int:
+        """Micro-batches of a rollout, as TRL has them: of the recipe, else those of a step."""
+        given = self.facts.recipe.config
+        if given.get("generation_batch_size"):
+            return max(given["generation_batch_size"] // (size * self.facts.target.devices), 1)
+        return given.get("steps_per_generation") or accumulation
+
+    def steps(self, size: int, accumulation: int) -> int:
+        """Optimizer steps of the run with this batch on each device."""
+        facts, args = self.facts, self.facts.config
+        rows, ends = len(facts.lengths), (args.num_train_epochs, args.max_steps)
+        if facts.kind != PROMPTS:
+            return steps_of(rows, size, accumulation, facts.target.devices, *ends)
+        parts = self.rollout_parts(size, accumulation)
+        rollout = size * parts * facts.target.devices // facts.group
+        return sampled_steps(rows, rollout, parts * args.num_iterations, accumulation, *ends)
+
+    def epochs(self, rows: int) -> float:
+        """Passes over the data in which so many rows (completions, where they are sampled) are trained on."""
+        facts, args = self.facts, self.facts.config
+        if args.max_steps <= 0:
+            return args.num_train_epochs
+        a_pass = len(facts.lengths) * (facts.group * args.num_iterations if facts.kind == PROMPTS else 1)
+        return rows / max(a_pass, 1)
 
     # -- what is held beside the policy --------------------------------------------------------------------------
 
@@ -200,7 +233,7 @@ class TextPlan:
         if cuda and facts.config.optim in FOREACH:
             stepping.parts["the optimizer's copies"] = facts.weights.trained_bytes
         found[STEPPING] = stepping
-        for name, peak, extra, started in self._others(config, size):
+        for name, peak, extra, started in self._others(config, size, accumulation):
             own = held if started else replace(held, state=0.0)
             device = spread(config, devices, own, peak, cuda=cuda)
             device.parts |= extra
@@ -208,7 +241,7 @@ class TextPlan:
         name = max(found, key=lambda each: found[each].total)
         return found[name], name
 
-    def _others(self, config: str, size: int) -> Iterator[tuple[str, Peak, dict[str, float], bool]]:
+    def _others(self, config: str, size: int, accumulation: int) -> Iterator[tuple[str, Peak, dict[str, float], bool]]:
         """Moments without gradients: their pass, what else they hold, and whether the optimizer has its state."""
         facts, args = self.facts, self.facts.config
         if self.step == OURS and facts.kind != PROMPTS and self.ahead(config) and config not in DEEPSPEED:
@@ -226,7 +259,7 @@ class TextPlan:
             if note not in facts.notes:
                 facts.notes.append(note)
             return
-        count = args.sampling_batch_size or size * args.steps_per_generation
+        count = args.sampling_batch_size or size * self.rollout_parts(size, accumulation)
         yield SAMPLING, Peak(), self.sampling(count), True
 
     def sampling(self, count: int) -> dict[str, float]:

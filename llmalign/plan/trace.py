@@ -170,7 +170,6 @@ def traced(
     layers: nn.ModuleList | None = None,
     vocabulary: int | None = None,
     gradients: bool = False,
-    others: tuple[nn.Module, ...] = (),
 ) -> dict[str, Peak]:
     """Peaks of `step` by phase; inside `without_numbers`. `gradients`: there are some from an earlier backward pass.
 
@@ -178,8 +177,7 @@ def traced(
     layers there is one.
     """
     ledger = Ledger(vocabulary)
-    for each in (model, *others):
-        ledger.know(each)
+    ledger.know(model)
     handles = [] if layers is None else _follow(ledger, layers)
     with ledger:
         if gradients:
@@ -193,8 +191,7 @@ def traced(
     ledger.let_go()
     for handle in handles:
         handle.remove()
-    for each in (model, *others):
-        each.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return ledger.peaks
 
 

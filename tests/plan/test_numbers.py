@@ -7,7 +7,7 @@ import pytest
 
 from llmalign.plan.memory import generation_cache, head_logits, optimizer_state, sampling_logits
 from llmalign.plan.outline import Weights
-from llmalign.plan.rows import Lengths, counted, longest_batch, steps_of
+from llmalign.plan.rows import Lengths, counted, longest_batch, sampled_steps, steps_of
 from llmalign.plan.sharding import BUCKET, CHANNELS, CONTEXT, Held, spread
 from llmalign.plan.suggest import accumulation_for, choose, command, sizes, usable
 from llmalign.plan.timing import H100, Work, communication, forward, operations, readable, step_seconds, work_of
@@ -81,6 +81,16 @@ def test_fsdp2_keeps_float32_shards() -> None:
     assert device.parts["gathered weights"] == (0.6e9 + 2 * 0.2e9) * 2
 
 
+def test_weights_in_bfloat16_have_a_narrow_state_only_where_torch_steps_on_them() -> None:
+    narrow = replace(FULL, weights=replace(SEVEN, bytes=14e9, trained_bytes=14e9))
+    peak = replace(PEAK, copies=0, gradients=14e9)
+    names = ("weights", "gradients", "optimizer")
+    held = {name: [spread(name, 8, narrow, peak).parts[part] for part in names] for name in ("ddp", "zero3", "fsdp2")}
+    assert held["ddp"] == [14e9, 14e9, 28e9]  # 2 + 2 + 4 bytes a number
+    assert sum(held["zero3"]) == 16 * 7e9 / 8  # 2 + 2 + 12
+    assert held["fsdp2"] == [28e9 / 8, 28e9 / 8, 56e9 / 8]  # float32 all
+
+
 def test_frozen_models_are_shared_under_zero3_alone() -> None:
     held = replace(FULL, frozen={"reference": SEVEN})
     assert spread("ddp", 4, held, PEAK).parts["reference"] == 28e9
@@ -124,6 +134,14 @@ def test_steps() -> None:
     assert steps_of(1000, 4, 8, 1, 1.0, -1) == 32  # 250 batches, 31 whole steps and a part
     assert steps_of(1000, 4, 8, 4, 3.0, -1) == 24
     assert steps_of(1000, 4, 8, 4, 3.0, 7) == 7
+
+
+def test_steps_of_runs_that_sample() -> None:
+    """Eight completions of each of 6,400 prompts; a rollout holds eight prompts, or sixty-four, and goes over twice."""
+    assert sampled_steps(6400, 8, 1, 1, 1.0, -1) == 800
+    assert sampled_steps(6400, 64, 8, 8, 1.0, -1) == 100
+    assert sampled_steps(6400, 64, 2 * 8, 8, 1.0, -1) == 200
+    assert sampled_steps(6400, 8, 1, 1, 1.0, 5) == 5
 
 
 def test_operations_by_hand() -> None:

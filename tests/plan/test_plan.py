@@ -74,6 +74,50 @@ def test_gpus_have_configs_and_a_line_to_run(folder: Path, capsys: pytest.Captur
     assert "--accelerate ddp" in capsys.readouterr().out
 
 
+def test_steps_are_those_of_the_line_that_is_suggested(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four rows on one device; on eight devices one row each is eight, and 60 rows in three epochs make 24 steps."""
+    made = planned(folder, "--gpus", "8", "--memory", "80", "--rows", "60")
+    batch = made["batch"]
+    assert (batch["per_device_train_batch_size"], batch["gradient_accumulation_steps"]) == (1, 1)
+    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 1" in made["suggestion"]["command"]
+    assert batch["rows_a_step"] == 8 and made["steps"] == 24
+    assert "A step then has 8 rows in place of 4" in capsys.readouterr().out
+
+
+def test_steps_of_a_run_that_samples_follow_the_suggestion(folder: Path) -> None:
+    (folder / "mdpo.yaml").write_text(f"method: mdpo\nmodel_name_or_path: {folder / 'model'}\n")
+    words = ["--dataset_name", "never-read", "--use_cpu", "true", "--reward_funcs", "x:y", "--num_generations", "8",
+             "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "8", "--num_iterations", "2",
+             "--num_train_epochs", "1"]  # fmt: skip
+    recipe = load_recipe(folder / "mdpo.yaml", words)
+    one = plan(recipe, Target(), rows=640, calibrate=False)
+    assert one.steps == 640 // 8 * 2  # 64 completions of 8 prompts a step, twice
+    eight = plan(recipe, Target(8, 80e9, cuda=True), rows=640, calibrate=False)
+    assert (eight.choice.size, eight.choice.accumulation, eight.total) == (8, 1, 64)
+    assert eight.steps == one.steps
+
+
+@pytest.mark.parametrize(
+    "method, words, left_out",
+    [
+        ("rpo", ["--optim", "adafactor"], {"zero2_offload"}),
+        ("rpo", ["--use_peft", "true", "--load_in_4bit", "true"], {"zero3", "fsdp2"}),
+        (
+            "fdpg",
+            ["--reward_funcs", "x:y", "--proposal", "offline"],
+            {"zero1", "zero2", "zero2_offload", "zero3", "fsdp2"},
+        ),
+    ],
+)
+def test_what_a_trainer_refuses_is_not_suggested(
+    folder: Path, method: str, words: list[str], left_out: set[str]
+) -> None:
+    (folder / "one.yaml").write_text(f"method: {method}\nmodel_name_or_path: {folder / 'model'}\n")
+    recipe = load_recipe(folder / "one.yaml", ["--dataset_name", "never-read", "--use_cpu", "true", *words])
+    made = plan(recipe, Target(2, 80e9, cuda=True), rows=50, calibrate=False)
+    assert {"ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp2"} - set(made.table) == left_out
+
+
 def test_where_nothing_fits_it_says_what_would(folder: Path) -> None:
     made = planned(folder, "--gpus", "2", "--memory", "0.5")
     assert made["suggestion"] is None  # CUDA alone takes more
@@ -151,6 +195,11 @@ def test_images_have_a_plan(tmp_path: Path) -> None:
     parts = made.device.parts
     assert parts["reference"] == parts["weights"] == 4 * made.parameters
     assert made.steps == 3 and parts["activations"] > 0
+    words = ["--max_steps", "-1", "--num_train_epochs", "3", "--per_device_train_batch_size", "4"]
+    made = plan(load_recipe(tmp_path / "r.yaml", words), Target(), rows=10, calibrate=False)
+    assert made.steps == 9  # three steps an epoch, whose last has two rows
+    made = plan(load_recipe(tmp_path / "r.yaml", ["--optim", "sgd"]), Target(2), rows=10, calibrate=False)
+    assert "zero2_offload" not in made.table and "zero2" in made.table
 
 
 def test_calibration_runs_real_steps(folder: Path) -> None:
