@@ -17,7 +17,7 @@ def configs_for(engine: Any, devices: int) -> list[str]:
     refused |= _refused(engine.optimizer)
     if devices > 1:
         notes: list[str] = engine.facts.notes if isinstance(engine, TextPlan) else engine.notes
-        notes.extend(dict.fromkeys(refused.values()))
+        notes.extend(note for note in dict.fromkeys(refused.values()) if note not in notes)
     return [name for name in CONFIGS if name not in refused and (name == SINGLE) == (devices == 1)]
 
 

@@ -182,4 +182,4 @@ def sampled_steps(prompts: int, rollout: int, passes: int, accumulation: int, ep
     if max_steps > 0:
         return max_steps
     batches = prompts // max(rollout, 1) * passes
-    return math.ceil(epochs * max(batches // accumulation, 1))
+    return math.ceil(epochs * max(math.ceil(batches / accumulation), 1))

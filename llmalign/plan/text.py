@@ -96,7 +96,8 @@ class TextPlan:
         if wanted is not None or config in SHARDED:
             return bool(wanted)
         args, rows = facts.config, len(facts.lengths)
-        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * facts.target.devices
+        # the recipe's rows a step are kept on any number of devices, each of which takes one at least
+        step = max(args.per_device_train_batch_size * args.gradient_accumulation_steps, facts.target.devices)
         visits = args.max_steps * step if args.max_steps > 0 else int(args.num_train_epochs * rows)
         return rows < visits if facts.outline.adapter is not None else rows <= visits
 

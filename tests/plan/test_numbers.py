@@ -142,6 +142,7 @@ def test_steps_of_runs_that_sample() -> None:
     assert sampled_steps(6400, 64, 8, 8, 1.0, -1) == 100
     assert sampled_steps(6400, 64, 2 * 8, 8, 1.0, -1) == 200
     assert sampled_steps(6400, 8, 1, 1, 1.0, 5) == 5
+    assert sampled_steps(7, 1, 3, 2, 1.0, -1) == 11  # 21 micro-batches, the last alone in its step
 
 
 def test_operations_by_hand() -> None:

@@ -122,6 +122,17 @@ def test_where_nothing_fits_it_says_what_would(folder: Path) -> None:
     made = planned(folder, "--gpus", "2", "--memory", "0.5")
     assert made["suggestion"] is None  # CUDA alone takes more
     assert any("max_length" in way for way in made["ways_out"])
+    made = planned(folder, "--gpus", "2", "--memory", "0.5", "--optim", "adafactor")
+    assert len(set(made["notes"])) == len(made["notes"])  # looking at more devices says nothing twice
+
+
+def test_whether_the_reference_is_looked_up_follows_the_rows_a_step(folder: Path) -> None:
+    """Ten steps of 128 rows, on any number of devices, see 1,280: all of 1,200 rows and a part of 2,000."""
+    words = ["--gpus", "8", "--memory", "80", "--gradient_accumulation_steps", "32", "--max_steps", "10"]
+    for rows, beside in ((1200, False), (2000, True)):
+        made = planned(folder, *words, "--rows", str(rows))
+        assert made["batch"]["rows_a_step"] == 128
+        assert ("reference" in made["configs"]["ddp"]["parts"]) is beside
 
 
 @pytest.mark.slow
