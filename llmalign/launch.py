@@ -134,11 +134,20 @@ def _run(arguments: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
     parsed = launch_command_parser().parse_args(arguments)
     parsed.signals_to_handle = SIGNALS_OF_THE_LAUNCHER
-    before = signal.signal(signal.SIGTERM, _hand_on)
+    handed: list[int] = []
+
+    def hand_on(number: int, frame: Any) -> None:
+        handed.append(number)
+        _hand_on(number)
+
+    before = signal.signal(signal.SIGTERM, hand_on)
     try:
         launch_command(parsed)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if handed and set(codes.values()) == {-signal.SIGTERM}:  # which ends them until they look out for it
+            logger.warning("Ended by SIGTERM before the processes were ready; nothing new was there to save.")
+            return 0
         left: list[Any] = [failure.message for failure in error.failures.values() if failure.exitcode == USAGE_ERROR]
         for sentence in sorted({message["message"] for message in left if isinstance(message, dict)}):
             print(sentence, file=sys.stderr)
@@ -154,7 +163,7 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _hand_on(number: int, frame: Any) -> None:
+def _hand_on(number: int) -> None:
     """Give a signal to the launched processes, which save and end by themselves; the launcher then ends in order."""
     import psutil
 

@@ -33,7 +33,7 @@ from llmalign.trainers.loading import (
     model_arguments,
     set_eos_token,
 )
-from llmalign.trainers.manifest import to_disk, write_model_manifest
+from llmalign.trainers.manifest import BrokenManifest, differences, read_manifest, to_disk, write_model_manifest
 from llmalign.trainers.references import References
 from llmalign.trainers.resuming import resolve_resume
 from llmalign.trainers.run_folder import HARMLESS_KEYS, RUN_FILE, guard_output_dir, record_run
@@ -99,6 +99,7 @@ def _run(
     guard_output_dir(config.output_dir, resume, fingerprint, harmless, any_split=any_split)
     finished = Path(config.output_dir) / METRICS_FILE
     if resume is not None and finished.is_file():
+        _require_model(finished)
         logger.info("%s is there, so this run is finished already: nothing to do.", finished)
         return _measured_before(finished)
     if rows is None:
@@ -320,6 +321,20 @@ def _draw(recipe: Recipe, history: list[dict[str, Any]], evaluation: Any, path: 
     chosen = [panel for panel in panels if panel.metric in logged]
     if chosen:
         plot_training(runs, path, title=title, panels=chosen)
+
+
+def _require_model(finished: Path) -> None:
+    """Raise UserError where a finished run's model is not what was written, judged by its manifest and by sizes."""
+    try:
+        manifest = read_manifest(finished.parent)
+        wrong = [] if manifest is None else differences(finished.parent, manifest.files, quick=True)
+    except BrokenManifest as error:
+        wrong = [str(error)]
+    if wrong:
+        raise UserError(
+            f"{finished} says that this run is finished, but in {finished.parent} {wrong[0]}: remove {finished.name}, "
+            "and --resume auto goes on from the last checkpoint and saves the model again"
+        )
 
 
 def _measured_before(finished: Path) -> dict[str, Any]:

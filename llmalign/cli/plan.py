@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
 
     for name in ("gpus", "memory", "rows"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name} is above 0, not {value:g}")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} is a number above 0, not {value:g}")
+    if options.json is not None and not Path(options.json).absolute().parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {Path(options.json).parent}")
     recipe = load_recipe(options.recipe, rest)
     here = torch.cuda.is_available() and not recipe.config.get("use_cpu")
     elsewhere = options.memory is not None or (options.gpus is not None and not here)

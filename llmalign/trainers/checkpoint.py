@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llmalign.secrets import hidden
 from llmalign.trainers.manifest import files_of, to_disk, write_manifest
 from llmalign.trainers.resuming import ASIDE, check_whole, resolve_resume
+from llmalign.trainers.sharding import engine_of
 from llmalign.trainers.soundness import checkpoints, step_of, writers_of
 from llmalign.trainers.splits import check_split, draw_anew
 
@@ -113,6 +114,7 @@ class SafeCheckpointMixin(Trainer):
             self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
             rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             about = {"step": self.state.global_step, "processes": self.args.world_size, "rows_per_step": rows}
+            about["engine"] = engine_of(self)
             write_manifest(aside, files_of(aside), **about)
             _publish(aside, final)
         self.accelerator.wait_for_everyone()

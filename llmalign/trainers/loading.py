@@ -140,9 +140,10 @@ def model_arguments(
     try:
         config = AutoConfig.from_pretrained(path, revision=options.model_revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"no model could be found at {path!r} ({_first_line(error)}); check the path or name"
-        ) from error
+        way_out = "check the path or name"
+        if "trust_remote_code" in str(error):
+            way_out = "read that code, and set trust_remote_code: true if it may run here"
+        raise UserError(f"no model could be found at {path!r} ({_first_line(error)}); {way_out}") from error
     refuse_vision(config)
     refuse_pickles(path)
     return path, keywords, init

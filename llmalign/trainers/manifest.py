@@ -41,11 +41,7 @@ class Manifest:
     step: int | None = None
     processes: int | None = None
     rows_per_step: int | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(entry.size for entry in self.files.values())
+    engine: str | None = None
 
 
 class BrokenManifest(ValueError):
@@ -94,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         if content["format"] != FORMAT:
             raise BrokenManifest(f"{MANIFEST} has format {content['format']} and this version reads {FORMAT}")
         files = {name: Written(**entry) for name, entry in content["files"].items()}
-        return Manifest(files, *(content.get(name) for name in ("step", "processes", "rows_per_step")))
+        return Manifest(files, *(content.get(name) for name in ("step", "processes", "rows_per_step", "engine")))
     except FileNotFoundError:
         return None
     except BrokenManifest:

@@ -142,9 +142,10 @@ def _refuse_other_rows(run_file: Path, before: dict[str, Any], now: dict[str, An
         "{} process(es) x {} x {} accumulated".format(*(recipe[key] for key in SPLIT_KEYS)) for recipe in (before, now)
     )
     raise UserError(
-        f"The run in {run_file.parent} takes {rows} rows a step ({said}) and this recipe {own} ({own_said}); choose "
-        f"per_device_train_batch_size and gradient_accumulation_steps so that their product with the processes is "
-        f"{rows} again, or give a new output_dir."
+        f"The run in {run_file.parent} takes {rows} rows a step ({said}) and this recipe {own} ({own_said}): start as "
+        "many processes as before (under ZeRO and FSDP no other number goes on), or choose per_device_train_batch_size "
+        f"and gradient_accumulation_steps so that their product with the processes is {rows} again, or give a new "
+        "output_dir."
     )
 
 

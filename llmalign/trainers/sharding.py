@@ -9,6 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from llmalign.errors import UserError
 
+COPIES = "copies"  # one process, or DDP
 #: what DeepSpeed's Adam for the CPU computes too
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
@@ -27,12 +28,27 @@ def let_the_cpu_shard() -> None:
         state.distributed_type = DistributedType.MULTI_GPU  # becomes FSDP as soon as the accelerator is made
 
 
+def engine_of(trainer: Any) -> str:
+    """What steps the weights, by which a checkpoint keeps its optimizer: `zero1` and so on, `fsdp2`, else `copies`."""
+    if trainer.is_deepspeed_enabled:
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        return f"zero{plugin.zero_stage}{'_offload' * (_offloads(plugin) != 'none')}"
+    if trainer.is_fsdp_enabled:
+        return f"fsdp{trainer.accelerator.state.fsdp_plugin.fsdp_version}"
+    return COPIES
+
+
+def _offloads(plugin: Any) -> str:
+    settings = plugin.deepspeed_config.get("zero_optimization", {})
+    return str(settings.get("offload_optimizer", {}).get("device", "none"))
+
+
 def refuse_other_offloaded_optimizers(args: Any) -> None:
     """Raise UserError where the optimizer is offloaded and is not AdamW: accelerate would train with Adam instead."""
-    settings = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
-    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    replaced = offload != "none" and settings.get("zero_force_ds_cpu_optimizer", True)
-    if replaced and args.optim not in ADAMW:
+    plugin = args.deepspeed_plugin
+    if plugin is None or _offloads(plugin) == "none":
+        return
+    if plugin.deepspeed_config.get("zero_force_ds_cpu_optimizer", True) and args.optim not in ADAMW:
         name = OptimizerNames(args.optim).value
         raise UserError(
             f"optim: {name} cannot be offloaded, as DeepSpeed's Adam takes its place: set optim: adamw_torch, or "

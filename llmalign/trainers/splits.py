@@ -16,18 +16,24 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llmalign.errors import UserError
-from llmalign.trainers.manifest import read_manifest
+from llmalign.trainers.manifest import Manifest, read_manifest
 from llmalign.trainers.pair import PairTrainerMixin
 from llmalign.trainers.rollouts import RolloutMixin
+from llmalign.trainers.sharding import COPIES, engine_of
 from llmalign.trainers.soundness import writers_of
 
 logger = logging.getLogger(__name__)
+
+#: what an engine leaves in a checkpoint
+_MARKS = {"zero": "global_step*", "fsdp": "pytorch_model_fsdp*"}
+_NAMES = {COPIES: "one process or DDP", "zero": "ZeRO", "fsdp": "FSDP"}
 
 
 def check_split(trainer: Any, checkpoint: Path) -> None:
     """Raise UserError where a trainer splits its steps otherwise than a whole checkpoint's run, and that matters."""
     args, before = trainer.args, writers_of(checkpoint)
     manifest = read_manifest(checkpoint)
+    _check_engine(engine_of(trainer), checkpoint, manifest)
     batch = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("train_batch_size")
     rows = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
     written = None if manifest is None else manifest.rows_per_step
@@ -55,6 +61,19 @@ def check_split(trainer: Any, checkpoint: Path) -> None:
             "%s was written by %s and %s: each step has the rows that it would have had%s.",
             checkpoint, said, own, drawn if before != args.world_size else "",
         )  # fmt: skip
+
+
+def _check_engine(own: str, checkpoint: Path, manifest: Manifest | None) -> None:
+    """Raise UserError where the optimizer's state is another engine's: it would be passed over, or not be found."""
+    written = manifest.engine if manifest is not None else None
+    kind = written or next((name for name, mark in _MARKS.items() if next(checkpoint.glob(mark), None)), COPIES)
+    if own == kind or (written is None and own.startswith(kind)):  # an older version did not tell the stage
+        return
+    ways = {COPIES: "on one process or with --accelerate ddp", "zero": "with the --accelerate zero... that wrote it"}
+    raise UserError(
+        f"{checkpoint} holds the optimizer as {_NAMES.get(kind, kind)} keeps it, and this run is under "
+        f"{_NAMES.get(own, own)}, which cannot read it: resume it {ways.get(kind, f'with --accelerate {kind}')}"
+    )
 
 
 def draw_anew(trainer: Any) -> None:

@@ -61,7 +61,11 @@ def test_a_whole_run_has_a_line_for_each_part(run: Path, capsys: pytest.CaptureF
     assert manifest is not None and manifest.processes == 1 and manifest.rows_per_step == 2
     files = [path for path in (run / "checkpoint-2").iterdir() if path.name != MANIFEST]
     assert found["checkpoint-2"].files == len(files) == len(manifest.files)
-    assert found["checkpoint-2"].size == sum(path.stat().st_size for path in files) == manifest.size
+    assert (
+        found["checkpoint-2"].size
+        == sum(path.stat().st_size for path in files)
+        == sum(one.size for one in manifest.files.values())
+    )
     own = read_manifest(run)
     assert own is not None and {MODEL, "config.json", "tokenizer.json"} <= set(own.files)
     assert not set(own.files) & {"metrics.json", "run.json", "README.md", "curves.png", MANIFEST}
@@ -102,6 +106,22 @@ def test_one_checkpoint_and_one_model_can_be_named(run: Path, capsys: pytest.Cap
     assert "model: config.json is cut off or damaged" in status(capsys, model)[1]
     (run / "_incomplete" / "checkpoint-3").mkdir(parents=True)
     assert "left over, unused" in " ".join(status(capsys, run)[1].split())
+
+
+def test_a_finished_run_without_its_model_is_not_finished(
+    finished: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", str(finished.parent / "recipe.yaml"), "--output_dir", str(run), "--resume", "auto"]
+    wanted = (run / MODEL).read_bytes()
+    (run / MODEL).write_bytes(wanted[:100])
+    assert main(words) == 2
+    assert f"{MODEL} is cut off or damaged" in capsys.readouterr().err
+    (run / "metrics.json").write_text("{")
+    (run / MODEL).write_bytes(wanted)
+    assert main(words) == 2 and "metrics.json is cut off or damaged" in capsys.readouterr().err
+    (run / MODEL).unlink()
+    (run / "metrics.json").unlink()
+    assert main(words) == 0 and (run / MODEL).read_bytes() == wanted
 
 
 def test_weights_alone_are_whole_where_they_were_written_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

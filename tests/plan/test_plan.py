@@ -159,8 +159,11 @@ def test_what_is_missing_is_one_sentence(folder: Path, capsys: pytest.CaptureFix
     assert main(["plan", str(folder / "rpo.yaml"), *words, "some-owner/no-such-model"]) == 2
     said = capsys.readouterr().err
     assert "no config of a model could be found" in said and "--model_name_or_path" in said
-    assert main(["plan", str(folder / "rpo.yaml"), "--memory", "-1"]) == 2
-    assert "--memory is above 0" in capsys.readouterr().err
+    for number in ("-1", "nan", "inf"):
+        assert main(["plan", str(folder / "rpo.yaml"), "--memory", number]) == 2
+        assert "--memory is a number above 0" in capsys.readouterr().err
+    assert main(["plan", str(folder / "rpo.yaml"), "--json", str(folder / "none" / "plan.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_an_unknown_optimizer_is_said_to_be_missing(folder: Path) -> None:

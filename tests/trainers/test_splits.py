@@ -25,7 +25,7 @@ from llmalign.diffusion.denoiser import LORA_FILE
 from llmalign.diffusion.tiny import build_tiny
 from llmalign.errors import UserError
 from llmalign.processes import end_processes, load_group_users
-from llmalign.trainers.manifest import files_of, write_manifest
+from llmalign.trainers.manifest import files_of, read_manifest, write_manifest
 from llmalign.trainers.run_folder import compare_recipes, record_run
 from llmalign.trainers.splits import check_split, dropout_of
 from tests.diffusion.training import pairs
@@ -253,6 +253,25 @@ def test_other_micro_batches_on_as_many_processes_are_looked_at_alike(
     toy.train()
     with pytest.raises(UserError, match="1 process.* with 4 rows at a time and this run has 1 with 2, .* dropout"):
         check_split(make(tmp_path / "other", **halves), tmp_path / "toy" / "checkpoint-2")
+
+
+def test_an_optimizer_of_another_engine_is_not_passed_over(start: str, tmp_path: Path) -> None:
+    """The Trainer itself goes on without it, and from the first learning rate."""
+    run = built("reward", start, tmp_path / "run", 1, max_steps=3)
+    run.train()
+    kept = tmp_path / "run" / MIDDLE
+    assert read_manifest(kept).engine == "copies"
+    check_split(run, kept)
+    about = {"step": 3, "processes": 1, "rows_per_step": 4}
+    write_manifest(kept, files_of(kept), **about, engine="zero3")
+    with pytest.raises(UserError, match="as zero3 keeps it, .* one process or DDP, .* with --accelerate zero3"):
+        check_split(run, kept)
+    for mark, name in (("global_step3", "ZeRO"), ("pytorch_model_fsdp_0", "FSDP")):
+        (kept / mark).mkdir()
+        write_manifest(kept, files_of(kept), **about)
+        with pytest.raises(UserError, match=f"as {name} keeps it, and this run is under one process"):
+            check_split(run, kept)
+        (kept / mark).rmdir()
 
 
 def test_recipes_may_share_out_their_rows_anew_and_not_take_others(tmp_path: Path) -> None:
