@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -71,16 +72,20 @@ def _look(folder: Path, home: Path, quick: bool, depth: int) -> Iterator[Verifie
     if CHECKPOINT.fullmatch(folder.name) or _is_checkpoint(folder):
         yield _checkpoint(folder, name, quick)
         return
-    weights = any(next(folder.glob(pattern), None) for pattern in (*WEIGHTS, "model_index.json"))
     seen = {ASIDE}
-    if weights or any((folder / one).is_file() for one in (MANIFEST, HUB_MANIFEST, *RECORDS)):
+    if _has_model(folder) or any((folder / one).is_file() for one in (MANIFEST, HUB_MANIFEST, *RECORDS)):
         own, verified = _rest(folder, name, quick)
         seen |= {Path(one).parts[0] for one in own}  # parts of a pipeline are no models of their own
         yield verified
     if depth:
-        for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for inside in sorted((path for path in folder.iterdir() if path.is_dir()), key=_by_number):
             if inside.name not in seen and not inside.is_symlink():
                 yield from _look(inside, home, quick, depth - 1)
+
+
+def _by_number(folder: Path) -> list[Any]:
+    """Numbers in a name as numbers, so that step 9 comes before step 12."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", folder.name)]
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -111,6 +116,10 @@ def _checkpoint(folder: Path, name: str, quick: bool) -> Verified:
     return _verified(folder, name, step, names, faults, how)
 
 
+def _has_model(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in (*WEIGHTS, "model_index.json"))
+
+
 def _rest(folder: Path, name: str, quick: bool) -> tuple[list[str], Verified]:
     """A folder with a model or with records of a run: a finished one, or one that rounds or a sweep has parts in."""
     faults = [f"{record} is cut off or damaged" for record in RECORDS if not _readable(folder / record)]
@@ -125,7 +134,7 @@ def _rest(folder: Path, name: str, quick: bool) -> tuple[list[str], Verified]:
             faults += differences(folder, files, quick=quick)
         elif (found := broken(folder, names)) is not None and found not in faults:
             faults.append(found)
-    how = _how(files is not None, quick) if names else "no model yet"
+    how = _how(files is not None, quick) if _has_model(folder) else "no model yet"
     verdict = _verified(folder, name, step, names, faults, how)
     return names, verdict
 

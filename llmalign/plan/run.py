@@ -333,7 +333,8 @@ def _ways_out(made: Plan, engine: Any, recipe: Recipe) -> Iterable[str]:
     if isinstance(engine, TextPlan):
         options = recipe.model
         if not options.get("use_peft"):
-            less = {**options, "use_peft": True, "lora_dropout": 0.0}
+            narrow = {"dtype": "bfloat16"} if engine.facts.bf16 and "dtype" not in options else {}  # as it is chosen
+            less = {**options, **narrow, "use_peft": True, "lora_dropout": 0.0}
             yield from _if_fits("an adapter (--use_peft true)", replace(recipe, model=less), made.target)
             less["load_in_4bit"] = True
             yield from _if_fits(

@@ -108,6 +108,17 @@ def test_one_checkpoint_and_one_model_can_be_named(run: Path, capsys: pytest.Cap
     assert "left over, unused" in " ".join(status(capsys, run)[1].split())
 
 
+def test_an_unfinished_run_has_no_model_yet_and_its_checkpoints_in_order(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (MODEL, MANIFEST, "metrics.json"):
+        (run / name).unlink()
+    (run / "checkpoint-1").rename(run / "checkpoint-10")
+    found = verify(run)
+    assert [one.name for one in found] == ["run", "checkpoint-2", "checkpoint-10"]
+    assert found[0].verdict == "no model yet" and not found[0].faults
+
+
 def test_a_finished_run_without_its_model_is_not_finished(
     finished: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
