@@ -16,7 +16,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("claims")
 
 
-@pytest.mark.parametrize("name", all_but(["rpo", "rdpo"], run.CLAIMS))
+@pytest.mark.parametrize("name", all_but(["rpo"], run.CLAIMS))
 def test_smoke(name: str, out: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> None:
     if name == "programs":
         request.getfixturevalue("some_backend")

@@ -206,6 +206,7 @@ def launch_two(written: str, output_dir: Path) -> "subprocess.CompletedProcess[s
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_two_processes_end_at_the_weights_of_one(tmp_path: Path, tiny_model_dir: Path, pairs_file: Path) -> None:
     """Real data parallelism: 2 x 4 rows a step and 1 x 8 rows a step are the same step."""
     written = recipe(tmp_path, tiny_model_dir, pairs_file, max_steps=3, use_cpu=True)

@@ -33,6 +33,14 @@ def chats(tiny_model: Any, tiny_model_dir: Path) -> Chats:
     return make
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """The interrupt as a terminal's program has it; what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def read_from(*lines: str) -> Callable[[], str]:
     left: Iterator[str] = iter(lines)
 
@@ -123,7 +131,7 @@ def test_what_cannot_be_done_is_said_and_the_talk_goes_on(chats: Chats, tmp_path
     assert there.read_text() == "mine" and len(chat.conversation.messages) == 2
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(chats: Chats) -> None:
+def test_ctrl_c_stops_the_answer_and_not_the_program(chats: Chats, ctrl_c: None) -> None:
     """The signal comes while the answer is written, and once while a line is read."""
 
     class Interrupted(io.StringIO):
