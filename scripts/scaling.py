@@ -1,4 +1,4 @@
-"""Prints accelerate_configs/SCALING.md: `python scripts/scaling.py > accelerate_configs/SCALING.md`."""
+"""Prints accelerate_configs/SCALING.md in some minutes: `python scripts/scaling.py > accelerate_configs/SCALING.md`."""
 
 from llmalign.plan.paper import page
 

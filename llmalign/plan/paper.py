@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import AutoConfig
 
 from llmalign.plan.memory import GB, head_logits, optimizer_state
@@ -123,7 +124,7 @@ def how_many(shapes: tuple[Shape, ...] = SHAPES) -> Iterator[str]:
     columns = "weights | gradients | optimizer | passes | other"
     yield f"| model | numbers | trained | config | GPUs | {columns} | a GPU | with the reference beside it |"
     yield "|" + "---|" * 12
-    for shape in shapes:
+    for shape in tqdm(shapes, desc="how many GPUs", unit="model"):
         for way in WAYS:
             sized = Sized(shape, way)
             found = sized.smallest()
@@ -149,7 +150,7 @@ def how_fast(names: tuple[str, ...] = ("7B", "70B"), counts: tuple[int, ...] = (
     """The table of tokens a second under ZeRO-3, a line each."""
     yield "| model | trained | GPUs | computing | sending | tokens a second and GPU | tokens a second | memory a GPU |"
     yield "|" + "---|" * 8
-    for name in names:
+    for name in tqdm(names, desc="how fast", unit="model"):
         for way in (FULL, LORA):
             sized = Sized(next(shape for shape in SHAPES if shape.name == name), way)
             for count in counts:
